@@ -1,0 +1,63 @@
+# One command each, from a fresh clone: `make report`, `make test`, `make lab`. `make help` lists the rest.
+PROFILE ?= demo
+CORES ?= $(shell python3 -c 'import os; print(os.cpu_count())')
+# The first Python on the path that the lock was resolved for.
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && echo $$p && break; done)
+
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+# nothing of the user's own Python reaches the environment, and results do not depend on the hash seed
+export PYTHONNOUSERSITE := 1
+export PYTHONHASHSEED := 0
+
+.DEFAULT_GOAL := help
+.PHONY: help env report test lab benchmarks prepare readme lock clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 12
+
+env: $(READY)  ## make the environment from the lock (done by itself where needed)
+
+# uv takes a tenth of pip's time; it comes from the lock as well, and reads the index that pip was told of.
+$(READY): requirements.lock settings.ini setup.py
+	@test -n "$(PYTHON)" || { echo "make: no Python 3.11, 3.12 or 3.13 found; name one: make $(MAKECMDGOALS) PYTHON=/path/to/python3.12" >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	sed -n '/^uv==/,/[^\\]$$/p' requirements.lock > $(VENV)/uv.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --no-deps -r $(VENV)/uv.lock
+	UV_DEFAULT_INDEX="$${UV_DEFAULT_INDEX:-$${PIP_INDEX_URL:-$$($(BIN)/python -m pip config get global.index-url 2>/dev/null || echo https://pypi.org/simple)}}" \
+		$(BIN)/uv pip sync --quiet --python $(BIN)/python --require-hashes requirements.lock
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --offline --editable .
+	touch $@
+
+report: $(READY)  ## run every notebook of the report that is out of date: PROFILE=demo CORES=all
+	$(BIN)/python -m snakemake --cores $(CORES) --rerun-incomplete --config profile=$(PROFILE)
+
+benchmarks: $(READY)  ## measure the speed ratios (D_benchmarks), outside the report's budget
+	$(BIN)/python -m snakemake --cores $(CORES) --rerun-incomplete --config profile=$(PROFILE) -- benchmarks
+
+test: $(READY)  ## everything that must be green: notebooks, tests, the smoke report, clean and in sync
+	$(BIN)/nbdev_test --n_workers 2
+	$(BIN)/python -m pytest
+
+lab: $(READY)  ## open JupyterLab on the notebooks
+	$(BIN)/jupyter lab nbs
+
+prepare: $(READY)  ## before a commit: export, clean and render the README
+	$(BIN)/nbdev_export
+	$(BIN)/nbdev_clean
+	$(MAKE) readme
+
+# links are written for nbs/, where the notebook lies
+readme: $(READY)
+	$(BIN)/python -m nbconvert --execute --to markdown --no-input --log-level WARN --stdout nbs/index.ipynb > .partial-README.md
+	sed 's#(\.\./#(#g' .partial-README.md > README.md
+	rm .partial-README.md
+
+lock: $(READY)  ## resolve requirements.lock anew from settings.ini
+	$(BIN)/uv pip compile --quiet --universal --generate-hashes --no-header --python-version 3.11 --extra dev setup.py -o requirements.lock
+
+clean:  ## remove the environment and every result that is not committed
+	rm -rf $(VENV) .snakemake
+	git clean -fdXq outputs

@@ -1,0 +1,73 @@
+# The graph of notebooks. papermill runs each with its section of a profile; it runs again when the notebook, a module
+# it imports, its section or a file it reads has changed. Called by `make report` and `make benchmarks`.
+import os
+import sys
+from pathlib import Path
+
+from snakemake.exceptions import WorkflowError
+
+from cxr_nb import core
+
+PROFILE = config.get("profile", "demo")
+OUT = os.path.relpath(core.outputs_dir(PROFILE))
+try:
+    PARAMETERS = {name: core.resolve_parameters(name, PROFILE) for name in core.load_profile(PROFILE)}
+except (FileNotFoundError, KeyError, TypeError, ValueError) as error:
+    raise WorkflowError(error.args[-1])
+
+text = PARAMETERS["24_text_encoder"]
+ENCODERS = [core.slug(line.partition("=")[0]) for line in text["encoders"]] + ["tf_idf_svd"] * bool(text["svd_components"])
+EMBEDDINGS = [f"measures/text_embeddings_{name}.parquet" for name in ENCODERS]
+FIGURES = [f"figures/tsne_{name}.png" for name in ["bag_of_words", *ENCODERS]]
+FIGURES += [f"figures/{f}.png" for f in ("figure_6", "figure_7", "figure_8") if PARAMETERS["B_text_clusters"][f]]
+
+# notebook: (files it reads, files it writes), below outputs/<profile>
+GRAPH = {
+    "21_datasets": (
+        [],
+        ["cohorts/openi.csv", "cohorts/text_evaluation.csv", "cohorts/text_evaluation_classes.csv", "figures/openi_classes.png"],
+    ),
+    "24_text_encoder": (
+        ["cohorts/openi.csv", "cohorts/text_evaluation.csv"],
+        ["measures/text_encoders.json", "measures/bag_of_words.parquet", *EMBEDDINGS],
+    ),
+    "33_text_encoder_results": (
+        ["cohorts/text_evaluation.csv", "cohorts/text_evaluation_classes.csv", "measures/text_encoders.json", "measures/bag_of_words.parquet", *EMBEDDINGS],
+        ["measures/chexpert_at_k.parquet", "tables/table_2.csv", "tables/table_3.csv", "figures/chexpert_at_k.png"],
+    ),
+    "B_text_clusters": (
+        ["cohorts/text_evaluation.csv", "measures/chexpert_at_k.parquet", "measures/bag_of_words.parquet", *EMBEDDINGS],
+        ["measures/tsne.parquet", *FIGURES],
+    ),
+    "D_benchmarks": (["cohorts/text_evaluation.csv"], ["tables/benchmarks.csv"]),
+}
+
+
+def record(name): return f"{OUT}/records/{name}.json"
+
+
+rule report:
+    input: [record(name) for name in GRAPH if name != "D_benchmarks"]
+
+rule benchmarks:
+    input: record("D_benchmarks")
+
+for name, (reads, writes) in GRAPH.items():
+    rule:
+        name: f"notebook_{name}"
+        input:
+            notebook=f"nbs/{name}.ipynb",
+            modules=[f"cxr_nb/{module}.py" for module in core.imported_modules(name)],
+            upstream=[f"{OUT}/{file}" for file in reads],
+        output:
+            [f"{OUT}/{file}" for file in writes],
+            record(name),
+        # a failed rule loses its outputs; the executed notebook is what explains the failure, so it is a log
+        log: f"{OUT}/notebooks/{name}.ipynb"
+        params:
+            name=name,
+            parameters=PARAMETERS[name],
+            command=Path(sys.executable).parent / "cxr_nb",
+        # a notebook uses all cores
+        threads: workflow.cores
+        shell: "{params.command} run {params.name} --profile {PROFILE}"

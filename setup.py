@@ -1,0 +1,39 @@
+"""Package metadata, all of it read from settings.ini."""
+from configparser import ConfigParser
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+parser = ConfigParser(delimiters=["="], interpolation=None)
+parser.read(HERE / "settings.ini", encoding="utf-8")
+cfg = parser["DEFAULT"]
+
+
+def lines(key): return cfg[key].split("\n")[1:] if cfg[key].startswith("\n") else cfg[key].split()
+
+
+low, high = cfg["min_python"], cfg["max_python"]
+minors = range(int(low.split(".")[1]), int(high.split(".")[1]) + 1)
+readme = HERE / "README.md"
+
+setup(
+    name=cfg["lib_name"],
+    version=cfg["version"],
+    description=cfg["description"],
+    long_description=readme.read_text(encoding="utf-8") if readme.exists() else "",
+    long_description_content_type="text/markdown",
+    keywords=cfg["keywords"],
+    author=cfg["author"],
+    author_email=cfg["author_email"],
+    license="Apache-2.0",
+    classifiers=["Intended Audience :: " + cfg["audience"]]
+    + [f"Programming Language :: Python :: 3.{minor}" for minor in minors],
+    packages=find_packages(include=[cfg["lib_path"], cfg["lib_path"] + ".*"]),
+    package_data={cfg["lib_path"]: ["published/*.csv"]},
+    python_requires=f">={low},<3.{minors[-1] + 1}",
+    install_requires=lines("requirements"),
+    extras_require={"dev": lines("dev_requirements")},
+    entry_points={"console_scripts": lines("console_scripts")},
+    zip_safe=False,
+)

@@ -1,0 +1,86 @@
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import urlparse
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def tracked(*patterns):
+    "Files of the project that git tracks or would: what a commit holds."
+    listing = ["git", "-C", str(ROOT), "ls-files", "--cached", "--others", "--exclude-standard", "--", *patterns]
+    names = subprocess.run(listing, capture_output=True, text=True, check=True).stdout.splitlines()
+    return sorted(path for path in {ROOT / name for name in names} if path.is_file())
+
+
+@pytest.fixture(scope="session")
+def copy_project():
+    "A function that copies the project without its results; commands in the copy use the copy's modules."
+    def copy(target):
+        for path in tracked():
+            name = path.relative_to(ROOT)
+            if name.parts[0] != "outputs":
+                (target / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(path, target / name)
+        return target
+    return copy
+
+
+@pytest.fixture(scope="session")
+def run_in():
+    "A function that runs a command of the environment in a folder, with that folder's modules."
+    def run(folder, command, *args, **environment):
+        env = os.environ | {"PYTHONPATH": str(folder), "HF_HUB_OFFLINE": "1"} | environment
+        env.pop("CXR_NB_OUTPUTS", None)
+        return subprocess.run([str(Path(sys.executable).parent / command), *map(str, args)], cwd=folder, env=env, capture_output=True, text=True)
+    return run
+
+
+@pytest.fixture
+def hub():
+    "A function that serves folders as repositories of a Hugging Face hub on this machine: (address, list of paths asked for)."
+    servers = []
+
+    def serve(repositories, revision):
+        asked = []
+
+        class Hub(BaseHTTPRequestHandler):
+            def answer(self, body, **headers):
+                self.send_response(200)
+                for key, value in {"Content-Length": len(body), "X-Repo-Commit": revision, **headers}.items(): self.send_header(key.replace("_", "-"), str(value))
+                self.end_headers()
+                if self.command == "GET": self.wfile.write(body)
+
+            def do_GET(self):
+                asked.append(self.path)
+                path = urlparse(self.path).path.lstrip("/")
+                for repository, folder in repositories.items():
+                    if path.startswith(f"api/models/{repository}"):
+                        files = [str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()]
+                        tree = [{"type": "file", "path": f, "size": (folder / f).stat().st_size, "oid": revision} for f in files]
+                        info = {"id": repository, "modelId": repository, "sha": revision, "siblings": [{"rfilename": f} for f in files]}
+                        return self.answer(json.dumps(tree if "/tree/" in path else info).encode(), Content_Type="application/json")
+                    if path.startswith(f"{repository}/resolve/{revision}/"):
+                        file = folder / path.split(f"/resolve/{revision}/")[1]
+                        if file.is_file(): return self.answer(file.read_bytes(), ETag=f'"{hashlib.sha1(file.read_bytes()).hexdigest()}"')
+                self.send_error(404)
+
+            do_HEAD = do_GET
+
+            def log_message(self, *args): pass
+
+        server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        servers.append(server)
+        return f"http://127.0.0.1:{server.server_port}", asked
+
+    yield serve
+    for server in servers: server.shutdown()

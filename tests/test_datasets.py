@@ -1,0 +1,142 @@
+"Open-i reports, impressions, labels and the evaluation set: what is read, and what is refused."
+import io
+import tarfile
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from cxr_nb.datasets import CHEXPERT_LABELS, COHORT_COLUMNS, impression_section, label_agreement, openi_archive, openi_cohort, read_cohort, read_openi, report_texts, single_label, text_evaluation_set
+
+REPORT = """<eCitation><uId id="{uid}"/><AbstractText Label="FINDINGS">{findings}</AbstractText>
+<AbstractText Label="IMPRESSION">{impression}</AbstractText><MeSH>{mesh}</MeSH></eCitation>"""
+
+
+def report(uid, impression="Normal.", mesh=("normal",), findings="Clear lungs."):
+    return REPORT.format(uid=uid, findings=findings, impression=impression, mesh="".join(f"<major>{m}</major>" for m in mesh)).encode()
+
+
+@pytest.fixture
+def archive(tmp_path):
+    "A function that packs files into an archive: {name: content}."
+    def pack(files):
+        path = tmp_path / "reports.tgz"
+        with tarfile.open(path, "w:gz") as tar:
+            for name, content in files.items():
+                info = tarfile.TarInfo(name)
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+        return path
+    return pack
+
+
+def test_archive_is_read_in_order_of_ids_whatever_its_own(archive):
+    files = {f"ecgen-radiology/{i}.xml": report(f"CXR{i}", mesh=["Cardiomegaly/mild"] * (i == 3)) for i in (3, 1, 2)}
+    a, b = read_openi(archive(files)), read_openi(archive(dict(reversed(files.items()))))
+    assert a.equals(b) and a.study_id.tolist() == ["CXR1", "CXR2", "CXR3"]
+    cohort = openi_cohort(a)
+    assert list(cohort) == COHORT_COLUMNS
+    assert cohort.Cardiomegaly.tolist()[2] == 1 and cohort["No Finding"].isna().all()
+
+
+@pytest.mark.parametrize("files, message", [
+    ({"1.xml": b"<eCitation>"}, "1.xml: not a readable Open-i report"),
+    ({"1.xml": b"<eCitation/>"}, "1.xml: not an Open-i report, it has no <uId>"),
+    ({"1.txt": b"x"}, "reports.tgz: holds no .xml report"),
+    ({"1.xml": report("CXR1"), "2.xml": report("CXR1")}, "study CXR1 is there twice"),
+])
+def test_archives_with_wrong_content_are_refused(archive, files, message):
+    with pytest.raises(ValueError, match=message) as caught: read_openi(archive(files))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("spoil", [lambda b: b[: len(b) // 2], lambda b: b"", lambda b: b"not an archive", lambda b: b[:200] + b"\0" * 50 + b[250:]])
+def test_broken_archives_are_refused(tmp_path, spoil):
+    path = tmp_path / "broken.tgz"
+    path.write_bytes(spoil(openi_archive().read_bytes()))
+    with pytest.raises(ValueError, match="broken.tgz: not a whole .tgz archive") as caught: read_openi(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_archive_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="Open-i reports: no file .*none.tgz"): read_openi(tmp_path / "none.tgz")
+
+
+MIMIC = """                                 FINAL REPORT
+ EXAMINATION:  CHEST (PA AND LAT)
+
+ INDICATION:  ___F with new onset ascites  // eval for infection
+
+ FINDINGS:
+
+ There is no focal consolidation, pleural effusion or pneumothorax.
+
+ IMPRESSION:
+
+ 1.  No acute cardiopulmonary process.
+ 2.  Small nodule, ___ mm.
+
+ NOTIFICATION:  The findings were discussed with Dr. ___.
+"""
+
+
+@pytest.mark.parametrize("text, expected", [
+    (MIMIC, "1. No acute cardiopulmonary process. 2. Small nodule, mm."),
+    (MIMIC.replace("IMPRESSION:", "Impression:"), "1. No acute cardiopulmonary process. 2. Small nodule, mm."),
+    (MIMIC.replace("IMPRESSION:", "IMPRESSION"), "1. No acute cardiopulmonary process. 2. Small nodule, mm."),
+    (MIMIC.replace("IMPRESSION:", "CONCLUSION:"), None),
+    (MIMIC + "\n IMPRESSION:  Addended: edema.", "Addended: edema."),
+    ("IMPRESSIONS: Two.", "Two."), ("Final impression: Clear.", "Clear."), ("FINDINGS/IMPRESSION: Clear.", "Clear."),
+    ("Clear lungs. IMPRESSION: Clear.", "Clear."), ("IMPRESSION: AP view compared to ___: unchanged.", "AP view compared to: unchanged."),
+    ("IMPRESSION: XXXX-year-old with XXXX effusion.", "-year-old with effusion."),
+    ("The impression: of a catheter", None), ("IMPRESSION:", None), ("IMPRESSION: ___", None), ("", None),
+])
+def test_impression_section(text, expected):
+    assert impression_section(text) == expected
+
+
+def cohort(labels, texts):
+    "A cohort whose rows have one positive label each."
+    rows = pd.DataFrame({c: "" for c in COHORT_COLUMNS if c not in CHEXPERT_LABELS}, index=range(len(labels)))
+    rows["study_id"] = rows["patient_id"] = [f"s{i}" for i in range(len(labels))]
+    rows["source"] = "Open-i"
+    for label in CHEXPERT_LABELS: rows[label] = [1.0 if x == label else np.nan for x in labels]
+    return rows[COHORT_COLUMNS], pd.Series(texts)
+
+
+def test_evaluation_set_is_balanced_distinct_and_single_label():
+    labels = ["Edema"] * 8 + ["Fracture"] * 5 + ["Pneumonia"] * 2
+    texts = [f"edema {i}" for i in range(8)] + ["break 1", "Break, 1!", "break 2", "break 3", None] + ["a", "b"]
+    rows, impressions = cohort(labels, texts)
+    rows.loc[0, "Fracture"] = 1
+    chosen, classes = text_evaluation_set(rows, impressions, min_reports=3)
+    assert chosen.label.value_counts().to_dict() == {"Edema": 3, "Fracture": 3}
+    assert "s0" not in set(chosen.study_id) and "s12" not in set(chosen.study_id)
+    assert len({"s8", "s9"} & set(chosen.study_id)) == 1
+    assert classes.set_index("label").loc[["Edema", "Fracture", "Pneumonia"]].to_numpy().tolist() == [[7, 3], [3, 3], [2, 0]]
+    capped, _ = text_evaluation_set(rows, impressions, reports_per_class=2, min_reports=3)
+    assert capped.label.value_counts().to_dict() == {"Edema": 2, "Fracture": 2}
+
+
+def test_uncertain_labels_follow_the_policy():
+    rows, _ = cohort(["Edema", "Edema"], ["x", "y"])
+    rows.loc[1, "Pneumonia"] = -1
+    assert single_label(rows, "uncertain_positive_missing_negative").tolist()[0] == "Edema"
+    assert single_label(rows, "uncertain_positive_missing_negative").isna().tolist() == [False, True]
+    assert single_label(rows, "uncertain_negative_missing_negative").tolist() == ["Edema", "Edema"]
+    assert single_label(rows, "uncertain_unknown_missing_negative").isna().tolist() == [False, True]
+
+
+def test_cohort_survives_its_file(tmp_path):
+    rows = openi_cohort(read_openi()).head(50)
+    rows.to_csv(tmp_path / "c.csv", index=False)
+    pd.testing.assert_frame_equal(read_cohort(tmp_path / "c.csv"), rows, check_dtype=False)
+    rows.drop(columns="Edema").to_csv(tmp_path / "d.csv", index=False)
+    with pytest.raises(ValueError, match="d.csv: not a cohort table, column 'Edema' is missing"): read_cohort(tmp_path / "d.csv")
+
+
+def test_unreadable_sources_and_references_are_named():
+    rows, _ = cohort(["Edema"], ["x"])
+    with pytest.raises(ValueError, match="no reader for the reports of source 'elsewhere'"): report_texts(rows.assign(source="elsewhere"))
+    with pytest.raises(ValueError, match="column 'filename' is missing"): label_agreement(rows, pd.DataFrame({"Edema": [1]}))
+    with pytest.raises(ValueError, match="none of their file names"): label_agreement(rows, pd.DataFrame({"filename": ["y"], "Edema": [1]}))

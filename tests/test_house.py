@@ -1,0 +1,128 @@
+"The project's own rules: how notebooks read, what imports what, what may be committed."
+import ast
+import json
+import re
+from configparser import ConfigParser
+from importlib import metadata
+
+import pytest
+from conftest import ROOT, tracked
+from packaging.requirements import Requirement
+
+from cxr_nb import core
+from cxr_nb.datasets import impression_section, read_openi
+
+NOTEBOOKS = sorted(p.stem for p in (ROOT / "nbs").glob("*.ipynb"))
+PROFILES = sorted(p.stem for p in (ROOT / "nbs/profiles").glob("*.yaml"))
+RECORDS = sorted((ROOT / "outputs/demo/records").glob("*.json"))
+
+
+def cells(name, kind="code"):
+    found = json.loads((ROOT / f"nbs/{name}.ipynb").read_text())["cells"]
+    return [c | {"text": "".join(c["source"])} for c in found if c["cell_type"] == kind]
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_notebook_reads_as_agreed(name):
+    assert re.match(r"# \S.*\n> \S", cells(name, "markdown")[0]["text"]), "a title and a line that says what it is about"
+    core.declared_parameters(name)
+    assert max(c["text"].count("\n") + 1 for c in cells(name)) <= 60
+    assert not any(c["outputs"] or c["execution_count"] for c in cells(name)), "results belong to outputs/"
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_imports_stand_in_cells_of_their_own(name):
+    for cell in cells(name):
+        tree = ast.parse(re.sub(r"^[%!].*", "", cell["text"], flags=re.M))
+        kinds = {isinstance(node, ast.Import | ast.ImportFrom) for node in tree.body}
+        assert len(kinds) < 2, cell["text"]
+
+
+def test_imports_flow_downward():
+    module_of = {n: m[1] for n in NOTEBOOKS for c in cells(n) if (m := re.match(r"#\| default_exp (\w+)", c["text"]))}
+    number = {module: name.split("_")[0] for name, module in module_of.items()}
+    for name in NOTEBOOKS:
+        prefix = name.split("_")[0]
+        if not prefix.isdigit(): continue
+        for module in core.imported_modules(name):
+            assert number[module].isdigit() and number[module] < prefix, f"{name} imports {module} of {number[module]}"
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_profiles_fit_the_notebooks(profile):
+    for notebook in core.load_profile(profile): core.resolve_parameters(notebook, profile)
+    assert core.load_profile(profile).keys() == core.load_profile("demo").keys()
+
+
+def test_run_all_in_jupyter_is_the_demo():
+    for notebook, section in core.load_profile("demo").items():
+        defaults = {name: value for name, (_, value) in core.declared_parameters(notebook).items()}
+        assert defaults == section | {"profile": "demo"}
+
+
+def test_clean_and_in_sync(tmp_path, copy_project, run_in):
+    copy = copy_project(tmp_path)
+    for command in ("nbdev_export", "nbdev_clean"):
+        done = run_in(copy, command)
+        assert done.returncode == 0, done.stderr
+    for path in tracked("nbs", "cxr_nb", "settings.ini", "setup.py"):
+        assert (copy / path.relative_to(ROOT)).read_bytes() == path.read_bytes(), f"run make prepare: {path.relative_to(ROOT)} differs"
+
+
+def test_readme_is_the_index(tmp_path, copy_project, run_in):
+    copy = copy_project(tmp_path)
+    for path in tracked("outputs/demo"):
+        (copy / path.relative_to(ROOT)).parent.mkdir(parents=True, exist_ok=True)
+        (copy / path.relative_to(ROOT)).write_bytes(path.read_bytes())
+    before = (copy / "README.md").read_text()
+    done = run_in(copy, "python", "-m", "nbconvert", *README_COMMAND.split())
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.replace("(../", "(") == before, "README.md is not what make readme makes of nbs/index.ipynb"
+
+
+README_COMMAND = "--execute --to markdown --no-input --log-level WARN --stdout nbs/index.ipynb"
+
+
+def test_lock_holds_what_settings_ask_for():
+    parser = ConfigParser(delimiters=["="], interpolation=None)
+    parser.read(ROOT / "settings.ini")
+    lock = (ROOT / "requirements.lock").read_text()
+    pins = re.findall(r"^([\w.-]+)==([^ ;\\]+)", lock, flags=re.M)
+    for line in (parser["DEFAULT"]["requirements"] + parser["DEFAULT"]["dev_requirements"]).split("\n"):
+        if not line: continue
+        need = Requirement(line)
+        found = [version for name, version in pins if name.lower().replace("_", "-") == need.name.lower().replace("_", "-")]
+        assert found and all(need.specifier.contains(v) for v in found), f"run make lock: {line} but {found}"
+    blocks = re.split(r"^(?=[\w.-]+==)", lock, flags=re.M)[1:]
+    assert all("--hash=sha256:" in block for block in blocks)
+    assert not re.search(r"://", re.sub(r"#.*", "", lock)), "a lock names no host"
+    assert metadata.metadata("cxr_nb")["Requires-Python"].replace(" ", "") in (">=3.11,<3.14", "<3.14,>=3.11")
+
+
+def test_only_the_demo_is_committed():
+    kept = tracked("outputs")
+    assert all(path.relative_to(ROOT).parts[1] == "demo" for path in kept)
+    assert {path.relative_to(ROOT).parts[2] for path in kept} <= {"tables", "figures", "records", "notebooks", "report.html"}
+    assert sum(path.stat().st_size for path in kept) <= 10e6
+
+
+def test_committed_results_are_one_clean_run_of_the_demo():
+    assert RECORDS
+    for path in RECORDS:
+        record = json.loads(path.read_text())
+        assert record["parameters"] == core.resolve_parameters(record["notebook"], "demo")
+        assert re.fullmatch(r"[0-9a-f]{40}", record["commit"]), f"{path.name} was made from uncommitted code: {record['commit']}"
+        assert (ROOT / f"outputs/demo/notebooks/{record['notebook']}.ipynb").exists()
+        for name, digest in record["outputs"].items():
+            if name.split("/")[0] in ("tables", "figures"): assert core.sha256(ROOT / "outputs/demo" / name) == digest, name
+    report = [json.loads(p.read_text())["commit"] for p in RECORDS if p.stem != "D_benchmarks"]
+    assert len(set(report)) == 1, "the committed results come from several commits"
+
+
+def test_committed_results_hold_no_report_text_and_no_local_path():
+    impressions = {t for t in read_openi().report.map(impression_section).dropna() if len(t) > 60}
+    for path in tracked("outputs", "README.md", "nbs", "cxr_nb", "tests"):
+        if path.suffix == ".png": continue
+        text = path.read_text()
+        assert not any(t in text for t in impressions), f"{path.name} holds report text"
+        assert str(ROOT) not in text and "/site-packages/" not in text, f"{path.name} names a path of this machine"
