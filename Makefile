@@ -41,8 +41,8 @@ test: $(READY)  ## everything that must be green: notebooks, tests, the smoke re
 	$(BIN)/nbdev_test --n_workers 2
 	$(BIN)/python -m pytest
 
-lab: $(READY)  ## open JupyterLab on the notebooks
-	$(BIN)/jupyter lab nbs
+lab: $(READY)  ## open JupyterLab on the notebooks (ARGS="--no-browser --port 8890" are handed on)
+	$(BIN)/jupyter lab nbs $(ARGS)
 
 prepare: $(READY)  ## before a commit: export, clean and render the README
 	$(BIN)/nbdev_export

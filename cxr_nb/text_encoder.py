@@ -27,8 +27,6 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import Normalizer
 from tqdm.auto import tqdm
-from transformers import BertConfig, BertModel, BertTokenizer, CLIPTextModel, CLIPTokenizer
-from transformers.utils import logging as transformers_logging
 
 # %% ../nbs/24_text_encoder.ipynb #fda0ac4c
 @dataclass(frozen=True)
@@ -134,6 +132,8 @@ class TextEncoder:
 # %% ../nbs/24_text_encoder.ipynb #5fb7b11c
 def _quietly(load, *args, **kwargs):
     "Call a from_pretrained without its progress bars and reports: what they say is checked right after."
+    # transformers is slow to import and only loading needs it; the score and its readers do without
+    from transformers.utils import logging as transformers_logging
     level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
@@ -174,6 +174,7 @@ def projection_head(
 def _load_cxr_bert(folder, config, name):
     weights = _read_weights(folder, name)
     part = lambda prefix: {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix) and not k.endswith("position_ids")}
+    from transformers import BertConfig, BertModel
     settings = {k: v for k, v in config.items() if k not in ("auto_map", "architectures", "model_type", "transformers_version")}
     model = BertModel(BertConfig(**settings), add_pooling_layer=False)
     head = projection_head(model.config.hidden_size, config["projection_size"], model.config.layer_norm_eps)
@@ -186,7 +187,7 @@ def _load_cxr_bert(folder, config, name):
 
 # %% ../nbs/24_text_encoder.ipynb #e01f14c4
 def _tokenizer(kind, folder, source, vocab_size):
-    casing = {} if source.lower_case is None or kind is CLIPTokenizer else {"do_lower_case": source.lower_case}
+    casing = {} if source.lower_case is None else {"do_lower_case": source.lower_case}
     tokenizer = _quietly(kind.from_pretrained, folder, local_files_only=True, **casing)
     # a vocabulary may be padded to a multiple of 128; a tokenizer that lost its files knows a handful of words
     if not vocab_size - 128 < len(tokenizer) <= vocab_size:
@@ -220,11 +221,13 @@ def torch_device(
 
 # %% ../nbs/24_text_encoder.ipynb #29f0e2fd
 def _load_clip(folder, source):
+    from transformers import CLIPTextModel, CLIPTokenizer
     model, _ = _load_strictly(CLIPTextModel, folder / "text_encoder", source.name)
     tokenizer = _tokenizer(CLIPTokenizer, folder / "tokenizer", source, model.config.vocab_size)
     return TextEncoder(source, tokenizer, model, model.config.max_position_embeddings, has_pooler=True)
 
 def _load_bert(folder, source):
+    from transformers import BertModel, BertTokenizer
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     kind, head = config.get("model_type"), None
     if kind not in ("bert", "cxr-bert"): raise ValueError(f"text encoder {source.name}: config.json says model_type {kind!r}, expected 'bert', 'cxr-bert' or a folder with text_encoder/")

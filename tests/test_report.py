@@ -2,6 +2,7 @@
 import json
 import re
 
+import checkpoints
 import pandas as pd
 import pytest
 
@@ -10,8 +11,13 @@ from cxr_nb import core
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory, copy_project, run_in):
-    "A copy of the project in which the smoke report was run."
+    "A copy of the project in which the smoke report was run, with small checkpoints in the place of the seven encoders."
     copy = copy_project(tmp_path_factory.mktemp("project"))
+    folders = tmp_path_factory.mktemp("checkpoints")
+    for name, make in checkpoints.MAKERS.items(): make(folders / name)
+    profile = copy / "nbs/profiles/smoke.yaml"
+    encoders = ", ".join(f"{name}={folders / name}" for name in checkpoints.MAKERS)
+    profile.write_text(profile.read_text().replace("encoders: []", f"encoders: [{encoders}]").replace('figure_8: ""', "figure_8: CXR-BERT-specialized"))
     done = snakemake(run_in, copy)
     assert done.returncode == 0, done.stderr[-3000:]
     return copy
@@ -49,7 +55,7 @@ def test_it_writes_what_was_agreed(report):
         measured = table[table.measured.notna()]
         assert len(measured) and measured.ci_low.le(measured.measured).all() and measured.ci_high.ge(measured.measured).all()
         assert (measured.n > 0).all() and (table[table.measured.isna()].n == 0).all()
-    for name in ("tsne_bag_of_words", "tsne_tf_idf_svd", "figure_6", "figure_7", "chexpert_at_k", "openi_classes"):
+    for name in ("tsne_bag_of_words", "tsne_tf_idf_svd", "tsne_cxr_bert_specialized", "tsne_clip", "figure_8", "figure_6", "figure_7", "chexpert_at_k", "openi_classes"):
         assert (out / f"figures/{name}.png").stat().st_size > 10_000 and (out / f"figures/{name}.svg").exists()
     for name in ("21_datasets", "24_text_encoder", "33_text_encoder_results", "B_text_clusters"):
         assert (out / f"notebooks/{name}.ipynb").exists()
@@ -64,6 +70,15 @@ def test_printed_cells_are_all_there_beside_the_measured(report):
     table = pd.read_csv(report / "outputs/smoke/tables/table_2.csv").set_index(["row", "column"])
     printed = core.published("table_2").set_index("encoder").stack().dropna()
     assert (table.published.loc[printed.index] == printed).all()
+
+
+def test_every_extraction_of_the_seven_encoders_is_measured(report):
+    table = pd.read_csv(report / "outputs/smoke/tables/table_2.csv")
+    printed = table[table.published.notna()]
+    # the one printed cell a checkpoint without a trained pooler cannot fill
+    assert printed[printed.measured.isna()][["row", "column"]].to_numpy().tolist() == [["CXR-BERT-general", "pooler_output"]]
+    clip = printed[(printed.row == "CLIP") & (printed.column == "cls_hidden_state")].iloc[0]
+    assert clip.measured == pytest.approx(clip.chance) and clip.measured_cosine == pytest.approx(clip.chance)
 
 
 def test_macro_is_the_mean_of_the_classes_measured(report):
