@@ -31,11 +31,21 @@ $(READY): requirements.lock settings.ini setup.py
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --offline --editable .
 	touch $@
 
+# A killed run leaves its lock behind; with no other run in this folder the lock is stale, and the run goes on.
+SNAKEMAKE = $(CURDIR)/$(BIN)/python -m snakemake --cores $(CORES) --rerun-incomplete --config profile=$(PROFILE)
+define unlock
+@if ls .snakemake/locks/* >/dev/null 2>&1 && command -v pgrep >/dev/null && ! pgrep -f '$(CURDIR)/$(BIN)/[p]ython -m snakemake' >/dev/null; \
+	then touch .snakemake/stale; fi
+@if test -e .snakemake/stale; then rm .snakemake/stale; $(SNAKEMAKE) --quiet all --unlock; fi
+endef
+
 report: $(READY)  ## run every notebook of the report that is out of date: PROFILE=demo CORES=all
-	$(BIN)/python -m snakemake --cores $(CORES) --rerun-incomplete --config profile=$(PROFILE)
+	$(unlock)
+	$(SNAKEMAKE)
 
 benchmarks: $(READY)  ## measure the speed ratios (D_benchmarks), outside the report's budget
-	$(BIN)/python -m snakemake --cores $(CORES) --rerun-incomplete --config profile=$(PROFILE) -- benchmarks
+	$(unlock)
+	$(SNAKEMAKE) -- benchmarks
 
 test: $(READY)  ## everything that must be green: notebooks, tests, the smoke report, clean and in sync
 	$(BIN)/nbdev_test --n_workers 2

@@ -91,7 +91,9 @@ def check_parameter(
 ) -> None:
     "Raise TypeError unless `value` is of the declared type."
     if type_name not in PARAMETER_TYPES:
-        raise TypeError(f"{where}: parameter '{name}' is declared as {type_name}; use one of {', '.join(PARAMETER_TYPES)}")
+        raise TypeError(
+            f"{where}: parameter '{name}' is declared as {type_name}; use one of {', '.join(PARAMETER_TYPES)}"
+        )
     if not PARAMETER_TYPES[type_name](value):
         raise TypeError(f"{where}: parameter '{name}' takes {type_name}, not {value!r} ({type(value).__name__})")
 
@@ -112,7 +114,9 @@ def declared_parameters(
     declared = {}
     for node in ast.parse("".join(tagged[0]["source"])).body:
         if not (isinstance(node, ast.AnnAssign) and node.value):
-            raise ValueError(f"notebook {notebook}: its parameters cell holds {ast.unparse(node)!r}; only 'name: type = value' may stand there")
+            raise ValueError(
+                f"notebook {notebook}: its parameters cell holds {ast.unparse(node)!r}; only 'name: type = value' may stand there"
+            )
         declared[node.target.id] = ast.unparse(node.annotation), ast.literal_eval(node.value)
     return declared
 
@@ -127,7 +131,8 @@ def load_profile(
         known = ", ".join(sorted(p.stem for p in folder.glob("*.yaml")))
         raise FileNotFoundError(f"profile '{name}': no file nbs/profiles/{name}.yaml; there are {known}")
     try: sections = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error: raise ValueError(f"profile '{name}': not valid YAML: {' '.join(str(error).split())}") from None
+    except yaml.YAMLError as error:
+        raise ValueError(f"profile '{name}': not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(sections, dict) or not all(isinstance(s, dict) for s in sections.values()):
         raise ValueError(f"profile '{name}': expected one section of parameters per notebook")
     for notebook in sections: declared_parameters(notebook)
@@ -235,7 +240,9 @@ def need(
     path = self.folder / name
     if not path.exists():
         profile = self.parameters["profile"]
-        raise FileNotFoundError(f"outputs/{profile}/{name} is missing; notebook {made_by} makes it: cxr_nb run {made_by} --profile {profile}")
+        raise FileNotFoundError(
+            f"outputs/{profile}/{name} is missing; notebook {made_by} makes it: cxr_nb run {made_by} --profile {profile}"
+        )
     self.inputs[name] = sha256(path)
     return path
 
@@ -303,7 +310,12 @@ def write_figure(
 def figure_style() -> None:
     "One look for all figures of the report."
     import seaborn as sns
-    sns.set_theme(context="notebook", style="whitegrid", palette="colorblind", rc={"figure.dpi": 110, "axes.titlelocation": "left"})
+    sns.set_theme(
+        context="notebook",
+        style="whitegrid",
+        palette="colorblind",
+        rc={"figure.dpi": 110, "axes.titlelocation": "left"},
+    )
 
 # %% ../nbs/00_core.ipynb #9078cbb2
 @patch
@@ -319,7 +331,8 @@ def finish(
         "inputs": dict(sorted(self.inputs.items())), "outputs": dict(sorted(self.outputs.items())),
     }
     text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
-    with written_whole(self.folder / "records" / f"{self.notebook}.json") as path: path.write_text(text, encoding="utf-8")
+    with written_whole(self.folder / "records" / f"{self.notebook}.json") as path:
+        path.write_text(text, encoding="utf-8")
     return record
 
 # %% ../nbs/00_core.ipynb #22cafa49
@@ -337,7 +350,7 @@ def published(
 # %% ../nbs/00_core.ipynb #6b0fc9df
 def _cell(measured, low, high, decimals):
     if pd.isna(measured): return "–"
-    interval = "" if pd.isna(low) else f" [{low:.{decimals}f}, {high:.{decimals}f}]"
+    interval = "" if pd.isna(low) else f" [{low:.{decimals}f},\u00a0{high:.{decimals}f}]"
     return f"{measured:.{decimals}f}{interval}"
 
 def paper_view(
@@ -348,9 +361,13 @@ def paper_view(
     shown = {"published": [_cell(v, np.nan, np.nan, decimals) for v in table["published"]],
              "measured": [_cell(*v, decimals) for v in zip(table["measured"], table["ci_low"], table["ci_high"])]}
     long = pd.concat([table[["row", "column"]].assign(value=kind, cell=cells) for kind, cells in shown.items()])
-    rows = pd.MultiIndex.from_product([table["row"].unique(), list(shown)], names=["", "value"])
+    rows = pd.MultiIndex.from_product([table["row"].unique(), list(shown)], names=["row", "value"])
     wide = long.pivot(index=["row", "value"], columns="column", values="cell")
-    return wide.reindex(index=rows, columns=table["column"].unique()).fillna("–").rename_axis(columns=None)
+    return (
+        wide.reindex(index=rows, columns=table["column"].unique())
+        .fillna("–")
+        .rename_axis(index=[None, None], columns=None)
+    )
 
 # %% ../nbs/00_core.ipynb #4c4e46e6
 def _without_progress_bars(path):
@@ -359,7 +376,8 @@ def _without_progress_bars(path):
     for cell in notebook["cells"]:
         if "outputs" in cell: cell["outputs"] = [o for o in cell["outputs"] if widget not in o.get("data", {})]
     notebook["metadata"].pop("widgets", None)
-    with written_whole(path) as partial: partial.write_text(json.dumps(notebook, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    with written_whole(path) as partial:
+        partial.write_text(json.dumps(notebook, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 # %% ../nbs/00_core.ipynb #63703e77
 def run_notebook(
@@ -374,7 +392,14 @@ def run_notebook(
     executed.parent.mkdir(parents=True, exist_ok=True)
     # relative paths, for papermill writes them into the notebook it leaves
     with chdir(root):
-        papermill.execute_notebook(f"nbs/{notebook}.ipynb", os.path.relpath(executed, root), parameters, kernel_name="python3", cwd="nbs", progress_bar=sys.stderr.isatty())
+        papermill.execute_notebook(
+            f"nbs/{notebook}.ipynb",
+            os.path.relpath(executed, root),
+            parameters,
+            kernel_name="python3",
+            cwd="nbs",
+            progress_bar=sys.stderr.isatty(),
+        )
     _without_progress_bars(executed)
     return executed
 
@@ -402,12 +427,14 @@ def main(
     run = parser.add_subparsers(dest="command", required=True).add_parser("run", help="run one notebook")
     run.add_argument("notebook", help="stem of a notebook in nbs/, e.g. 33_text_encoder_results")
     run.add_argument("--profile", default="demo", help="a file of nbs/profiles (default: demo)")
-    run.add_argument("-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="take VALUE in place of the profile's")
+    instead = {"nargs": 2, "action": "append", "default": [], "metavar": ("NAME", "VALUE")}
+    run.add_argument("-p", "--parameter", **instead, help="take VALUE in place of the profile's")
     args = parser.parse_args(argv)
     from papermill.exceptions import PapermillExecutionError
     try: executed = run_notebook(args.notebook, args.profile, {k: yaml.safe_load(v) for k, v in args.parameter})
     except (FileNotFoundError, KeyError, TypeError, ValueError) as error:
         sys.exit(f"cxr_nb: {error.args[-1] if isinstance(error, KeyError) else error}")
     except PapermillExecutionError as error:
-        sys.exit(f"cxr_nb: notebook {args.notebook} failed: {error.ename}: {error.evalue}\nsee {outputs_dir(args.profile) / 'notebooks' / args.notebook}.ipynb")
+        executed = outputs_dir(args.profile) / "notebooks" / f"{args.notebook}.ipynb"
+        sys.exit(f"cxr_nb: notebook {args.notebook} failed: {error.ename}: {error.evalue}\nsee {executed}")
     print(os.path.relpath(executed))

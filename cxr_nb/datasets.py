@@ -40,20 +40,32 @@ def read_cohort(
 def openi_archive() -> Path:
     "Path of `NLMCXR_reports.tgz` in the installed torchxrayvision; raises FileNotFoundError where it is not."
     package = find_spec("torchxrayvision")
-    if package is None: raise FileNotFoundError("Open-i reports: torchxrayvision is not installed; its wheel carries them (pip install torchxrayvision)")
+    if package is None:
+        raise FileNotFoundError(
+            "Open-i reports: torchxrayvision is not installed; its wheel carries them (pip install torchxrayvision)"
+        )
     archive = Path(package.origin).parent / "data" / "NLMCXR_reports.tgz"
-    if not archive.exists(): raise FileNotFoundError(f"Open-i reports: {archive} is missing; reinstall torchxrayvision, whose wheel carries it")
+    if not archive.exists():
+        raise FileNotFoundError(
+            f"Open-i reports: {archive} is missing; reinstall torchxrayvision, whose wheel carries it"
+        )
     return archive
 
 # %% ../nbs/21_datasets.ipynb #d7fbcb01
 def _parse_openi(name, content):
     try: root = ElementTree.fromstring(content)
-    except ElementTree.ParseError as error: raise ValueError(f"{name}: not a readable Open-i report ({error})") from None
+    except ElementTree.ParseError as error:
+        raise ValueError(f"{name}: not a readable Open-i report ({error})") from None
     uid = root.find("uId")
     if uid is None: raise ValueError(f"{name}: not an Open-i report, it has no <uId>")
     sections = [(node.get("Label"), (node.text or "").strip()) for node in root.iter("AbstractText")]
     report = "\n".join(f"{label}: {text}" for label, text in sections)
-    return {"study_id": uid.get("id"), "report_path": name, "report": report, "mesh": [node.text or "" for node in root.iter("major")]}
+    return {
+        "study_id": uid.get("id"),
+        "report_path": name,
+        "report": report,
+        "mesh": [node.text or "" for node in root.iter("major")],
+    }
 
 # %% ../nbs/21_datasets.ipynb #4a6a7a23
 def read_openi(
@@ -66,28 +78,43 @@ def read_openi(
     """
     archive = Path(archive or openi_archive())
     try:
-        with tarfile.open(archive, "r:gz") as tar: rows = [_parse_openi(m.name, tar.extractfile(m).read()) for m in tar if m.name.endswith(".xml")]
+        with tarfile.open(archive, "r:gz") as tar:
+            rows = [_parse_openi(m.name, tar.extractfile(m).read()) for m in tar if m.name.endswith(".xml")]
     except FileNotFoundError: raise FileNotFoundError(f"Open-i reports: no file {archive}") from None
-    except (tarfile.TarError, zlib.error, EOFError, OSError) as error: raise ValueError(f"{archive}: not a whole .tgz archive ({error}); download it again") from None
+    except (tarfile.TarError, zlib.error, EOFError, OSError) as error:
+        raise ValueError(f"{archive}: not a whole .tgz archive ({error}); download it again") from None
     if not rows: raise ValueError(f"{archive}: holds no .xml report")
     reports = pd.DataFrame(rows).sort_values("study_id", ignore_index=True)
     twice = reports.study_id[reports.study_id.duplicated()]
     if len(twice): raise ValueError(f"{archive}: study {twice.iloc[0]} is there twice")
     return reports
 
-# %% ../nbs/21_datasets.ipynb #9f1fb429
-_HEADING = re.compile(r"""
-    (?: ^[ \t]*(?:findings?\s*(?:and|&|/)\s*|final\s+)?impressions?(?:\s*(?:and|&|/)\s*\w+)?[ \t]*:   # Impression:
-      | ^[ \t]*(?-i:IMPRESSIONS?)(?=[ \t\n])(?![ \t]*:)                                               # IMPRESSION no colon
-      | ^[ \t]*impressions?[ \t]*$                                                                    # alone on its line
-      | (?<=[.\s])(?-i:IMPRESSIONS?)[ \t]*:                                                           # in running text
-    )""", re.X | re.I | re.M)
-_NEXT = re.compile(r"""
-    (?: ^[ \t]*(?:findings?|indication|comparison|technique|history|examination|exam|clinical\s+(?:information|history)
-          |reason\s+for\s+exam(?:ination)?|recommendations?(?:\(s\))?|notifications?|addendum|wet\s+read|attestation)[ \t]*:
-      | (?<=[.\s])(?-i:FINDINGS?|INDICATION|COMPARISON|TECHNIQUE|RECOMMENDATIONS?(?:\(S\))?|NOTIFICATION|ADDENDUM)[ \t]*:
-    )""", re.X | re.I | re.M)
-_DEIDENTIFIED = re.compile(r"_{2,}|\bX{3,}\b")
+# %% ../nbs/21_datasets.ipynb #5535281c
+_HEADING = re.compile(
+    r"""
+    ^[ \t]*(?i:(?:findings?\s*(?:and|&|/)\s*|final\s+)?impressions?(?:\s*(?:and|&|/)\s*\w+)?[ \t]*(?::|$))  # Impression:
+    | ^[ \t]*(?:IMPRESSIONS?(?=\s)|Impressions?(?=[ \t]+[A-Z0-9_(]))                  # no colon, text behind it
+    | (?<=[.:;!?\s])IMPRESSIONS?[ \t]*:                                               # in running text
+    | (?<=[.;!?]\s)(?:Impressions?[ \t]*:|IMPRESSIONS?(?=\s))                         # after a sentence
+    """,
+    re.X | re.M,
+)
+_NEXT = re.compile(
+    r"""
+    ^[ \t]*(?i:findings?|indication|comparison|technique|history|examination|exam|clinical\s+(?:information|history)
+        |reason\s+for\s+exam(?:ination)?|recommendations?(?:\(s\))?|notifications?|addendum|wet\s+read|attestation)[ \t]*:
+    | (?<=[.\s])(?:FINDINGS?|INDICATION|COMPARISON|TECHNIQUE|RECOMMENDATIONS?(?:\(S\))?|NOTIFICATION|ADDENDUM)[ \t]*:
+    """,
+    re.X | re.M,
+)
+_DEIDENTIFIED = re.compile(r"_{2,}|\bX{3,}\b|\bx{4,}\b")
+
+# %% ../nbs/21_datasets.ipynb #e558c981
+def _one_line(section):
+    "A section's text without de-identified spans, line breaks and leading marks; None where nothing is left."
+    text = " ".join(_DEIDENTIFIED.sub(" ", section).split())
+    text = re.sub(r"\s+([.,;:)])", r"\1", text).lstrip(" :.,;-–—")
+    return text if re.search(r"[^\W_]", text) else None
 
 # %% ../nbs/21_datasets.ipynb #df960a78
 def impression_section(
@@ -96,11 +123,9 @@ def impression_section(
     "The last impression section with content, on one line, without de-identified spans (§2.4)."
     found = None
     for heading in _HEADING.finditer(report):
-        rest = report[heading.end():]
+        rest = report[heading.end() :]
         stops = [m.start() for m in (_HEADING.search(rest), _NEXT.search(rest)) if m]
-        section = _DEIDENTIFIED.sub(" ", rest[: min(stops, default=len(rest))])
-        section = re.sub(r"\s+([.,;:)])", r"\1", " ".join(section.split()))
-        if re.search(r"[^\W_]", section): found = section
+        found = _one_line(rest[: min(stops, default=len(rest))]) or found
     return found
 
 # %% ../nbs/21_datasets.ipynb #c0ea4d78
@@ -127,7 +152,10 @@ def labels_from_mesh(
 ) -> dict[str, float]:  # CheXpert label -> 1.0 or NaN
     "The fourteen labels a list of MeSH terms states: 1 where a term names the finding, NaN elsewhere."
     terms = [" ".join(term.lower().split()) for term in terms]
-    return {label: 1.0 if any(re.match(rf"(?:{pattern})(?=/|$)", term) for term in terms) else np.nan for label, pattern in MESH_TERMS.items()}
+    return {
+        label: 1.0 if any(re.match(rf"(?:{pattern})(?=/|$)", term) for term in terms) else np.nan
+        for label, pattern in MESH_TERMS.items()
+    }
 
 # %% ../nbs/21_datasets.ipynb #68aaeee1
 def openi_cohort(
@@ -135,7 +163,9 @@ def openi_cohort(
 ) -> pd.DataFrame:  # a cohort table, one row per report
     "Cohort of the Open-i reports: labels from MeSH terms, texts left in their archive."
     labels = pd.DataFrame(reports.mesh.map(labels_from_mesh).tolist())
-    rows = reports[["study_id", "report_path"]].assign(image_id="", patient_id=reports.study_id, view="", source="Open-i", image_path="")
+    rows = reports[["study_id", "report_path"]].assign(
+        image_id="", patient_id=reports.study_id, view="", source="Open-i", image_path=""
+    )
     return pd.concat([rows, labels], axis=1)[COHORT_COLUMNS]
 
 # %% ../nbs/21_datasets.ipynb #2b6fa7a6
@@ -147,7 +177,8 @@ def report_texts(
     if unknown: raise ValueError(f"no reader for the reports of source '{min(unknown)}'; there is one for Open-i")
     texts = read_openi().set_index("report_path").report
     absent = cohort.report_path[~cohort.report_path.isin(texts.index)]
-    if len(absent): raise ValueError(f"cohort row {absent.index[0]}: no Open-i report {absent.iloc[0]!r} in {openi_archive().name}")
+    if len(absent):
+        raise ValueError(f"cohort row {absent.index[0]}: no Open-i report {absent.iloc[0]!r} in {openi_archive().name}")
     return cohort.report_path.map(texts)
 
 # %% ../nbs/21_datasets.ipynb #b561e560
@@ -164,11 +195,14 @@ def apply_label_policy(
     policy: str,  # a key of LABEL_POLICIES
 ) -> pd.DataFrame:  # 1, 0 or NaN
     "Resolve uncertain and missing labels; raises ValueError for an unknown policy or a label that is none."
-    if policy not in LABEL_POLICIES: raise ValueError(f"unknown label policy '{policy}'; there are {', '.join(LABEL_POLICIES)}")
+    if policy not in LABEL_POLICIES:
+        raise ValueError(f"unknown label policy '{policy}'; there are {', '.join(LABEL_POLICIES)}")
     wrong = labels.notna() & ~labels.isin([1, 0, -1])
     if wrong.any(axis=None):
         row, column = next(zip(*np.nonzero(wrong.to_numpy())))
-        raise ValueError(f"row {labels.index[row]}, column '{labels.columns[column]}': label {labels.iat[row, column]} is none of 1, 0, -1, blank")
+        raise ValueError(
+            f"row {labels.index[row]}, column '{labels.columns[column]}': label {labels.iat[row, column]} is none of 1, 0, -1, blank"
+        )
     uncertain, missing = LABEL_POLICIES[policy]
     return labels.mask(labels.isna(), missing).mask(labels == -1, uncertain)
 
@@ -203,10 +237,18 @@ def text_evaluation_set(
     rows = rows[~wording.duplicated()].drop(columns="impression")
     found = rows.label.value_counts().reindex(CHEXPERT_LABELS, fill_value=0)
     kept = found[found >= min_reports]
-    if len(kept) < 2: raise ValueError(f"{len(kept)} of 14 classes have {min_reports} single-label reports with distinct impressions; at least two must: lower min_reports")
+    if len(kept) < 2:
+        raise ValueError(
+            f"{len(kept)} of 14 classes have {min_reports} single-label reports with distinct impressions; "
+            "at least two must: lower min_reports"
+        )
     m = min(reports_per_class, kept.min())
-    chosen = rows[rows.label.isin(kept.index)].groupby("label").head(m).sort_values(["label", "study_id"], ignore_index=True)
-    return chosen, pd.DataFrame({"label": CHEXPERT_LABELS, "reports": found.to_numpy(), "used": np.where(found >= min_reports, m, 0)})
+    chosen = (
+        rows[rows.label.isin(kept.index)].groupby("label").head(m).sort_values(["label", "study_id"], ignore_index=True)
+    )
+    return chosen, pd.DataFrame(
+        {"label": CHEXPERT_LABELS, "reports": found.to_numpy(), "used": np.where(found >= min_reports, m, 0)}
+    )
 
 # %% ../nbs/21_datasets.ipynb #6603c4ca
 NEGBIO_NAMES = {"Pleural Effusion": "Effusion", "Pleural Other": "Pleural_Thickening", "No Finding": "normal"}
@@ -215,7 +257,10 @@ def label_agreement(
     cohort: pd.DataFrame,  # the Open-i cohort
     reference: pd.DataFrame,  # NegBio's table: `filename` and a 0/1 column per finding
 ) -> pd.DataFrame:  # label, reference, positive, precision, recall, f1, n
-    "Precision, recall and F1 of the labels that a NegBio reference file shares with ours; raises ValueError where it shares nothing."
+    """Precision, recall and F1 of the labels that a NegBio reference file shares with ours.
+
+    Raises ValueError where the file shares no study with the cohort.
+    """
     if "filename" not in reference: raise ValueError("reference labels: column 'filename' is missing")
     both = cohort.merge(reference, left_on="study_id", right_on="filename", suffixes=("", "_reference"))
     if both.empty: raise ValueError("reference labels: none of their file names is an Open-i study id such as CXR1")
@@ -224,6 +269,8 @@ def label_agreement(
         name = NEGBIO_NAMES.get(label, label)
         if name not in reference: continue
         truth = both[name if name not in cohort else f"{name}_reference"]
-        precision, recall, f1, _ = precision_recall_fscore_support(truth, both[label].fillna(0), average="binary", zero_division=np.nan)
+        precision, recall, f1, _ = precision_recall_fscore_support(
+            truth, both[label].fillna(0), average="binary", zero_division=np.nan
+        )
         rows.append([label, name, int(truth.sum()), precision, recall, f1, len(both)])
     return pd.DataFrame(rows, columns=["label", "reference", "positive", "precision", "recall", "f1", "n"])

@@ -42,10 +42,18 @@ def group_mean_intervals(
     """
     values, groups, units = np.asarray(values, float), np.asarray(groups), np.asarray(units)
     if not len(values) == len(groups) == len(units) > 0:
-        raise ValueError(f"values, groups and units must be as long as each other and not empty: {len(values)}, {len(groups)}, {len(units)}")
+        raise ValueError(
+            f"values, groups and units must be as long as each other and not empty: {len(values)}, {len(groups)}, {len(units)}"
+        )
     _, unit = np.unique(units, return_inverse=True)
     rng, n_units = np.random.default_rng(seed), unit.max() + 1
-    samples = [group_means(values, groups, order, np.bincount(rng.integers(n_units, size=n_units), minlength=n_units)[unit]) for _ in range(draws)]
+    samples = [
+        group_means(values, groups, order, np.bincount(rng.integers(n_units, size=n_units), minlength=n_units)[unit])
+        for _ in range(draws)
+    ]
     low, high = np.nanquantile(samples, [(1 - level) / 2, (1 + level) / 2], axis=0)
     n = [int((groups == g).sum()) for g in order]
-    return pd.DataFrame({"mean": group_means(values, groups, order), "ci_low": low, "ci_high": high, "n": [*n, sum(n), sum(n)]}, index=[*order, "Macro", "Overall"])
+    return pd.DataFrame(
+        {"mean": group_means(values, groups, order), "ci_low": low, "ci_high": high, "n": [*n, sum(n), sum(n)]},
+        index=[*order, "Macro", "Overall"],
+    )

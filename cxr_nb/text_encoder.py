@@ -37,25 +37,40 @@ class EncoderSource:
     revision: str | None = None  # commit, tag or branch on the hub
     lower_case: bool | None = None  # casing of a BERT tokenizer; None: as its files say
 
-ENCODERS = {source.name: source for source in (
-    EncoderSource("PubMedBERT", "microsoft/BiomedNLP-BiomedBERT-base-uncased-abstract-fulltext", lower_case=True),
-    EncoderSource("ClinicalBERT", "emilyalsentzer/Bio_ClinicalBERT", lower_case=False),
-    EncoderSource("SapBERT", "cambridgeltl/SapBERT-from-PubMedBERT-fulltext", lower_case=True),
-    EncoderSource("RadBERT", "StanfordAIMI/RadBERT", "c8f97547ff6dd96debf4e50022d9679219e6987b", lower_case=False),
-    EncoderSource("CXR-BERT-general", "microsoft/BiomedVLP-CXR-BERT-general", lower_case=True),
-    EncoderSource("CXR-BERT-specialized", "microsoft/BiomedVLP-CXR-BERT-specialized", "f1cc2c6b7fac60f3724037746a129a5baf194dbc", lower_case=True),
-    EncoderSource("CLIP", "CompVis/stable-diffusion-v1-4", "133a221b8aa7292a167afc5127cb63fb5005638b"),
-)}
+ENCODERS = {
+    source.name: source
+    for source in (
+        EncoderSource("PubMedBERT", "microsoft/BiomedNLP-BiomedBERT-base-uncased-abstract-fulltext", lower_case=True),
+        EncoderSource("ClinicalBERT", "emilyalsentzer/Bio_ClinicalBERT", lower_case=False),
+        EncoderSource("SapBERT", "cambridgeltl/SapBERT-from-PubMedBERT-fulltext", lower_case=True),
+        EncoderSource("RadBERT", "StanfordAIMI/RadBERT", "c8f97547ff6dd96debf4e50022d9679219e6987b", lower_case=False),
+        EncoderSource("CXR-BERT-general", "microsoft/BiomedVLP-CXR-BERT-general", lower_case=True),
+        EncoderSource(
+            "CXR-BERT-specialized",
+            "microsoft/BiomedVLP-CXR-BERT-specialized",
+            "f1cc2c6b7fac60f3724037746a129a5baf194dbc",
+            lower_case=True,
+        ),
+        EncoderSource("CLIP", "CompVis/stable-diffusion-v1-4", "133a221b8aa7292a167afc5127cb63fb5005638b"),
+    )
+}
 
 # %% ../nbs/24_text_encoder.ipynb #ed017d50
 def encoder_source(
     text: str,  # "Name", "Name=folder" or "Name=hub/id@revision"
 ) -> EncoderSource:
-    "Read an encoder's name and place from one line; a name of ENCODERS keeps its casing. Raises ValueError for an unknown name without a place."
+    """Read an encoder's name and place from one line; a name of ENCODERS keeps its casing.
+
+    Raises ValueError for an unknown name without a place.
+    """
     name, _, location = text.partition("=")
     known = ENCODERS.get(name)
     if not location:
-        if known is None: raise ValueError(f"unknown text encoder '{name}'; there are {', '.join(ENCODERS)}, or give its place: '{name}=folder' or '{name}=hub/id@revision'")
+        if known is None:
+            raise ValueError(
+                f"unknown text encoder '{name}'; there are {', '.join(ENCODERS)}, "
+                f"or give its place: '{name}=folder' or '{name}=hub/id@revision'"
+            )
         return known
     revision = None
     if not Path(location).is_dir(): location, _, revision = location.partition("@")
@@ -68,13 +83,19 @@ def _missing_files(names):
     "What a listing of a checkpoint lacks, as a readable list; empty where it is complete."
     clip = any(name.startswith("text_encoder/") for name in names)
     model, words = ("text_encoder/", "tokenizer/") if clip else ("", "")
-    vocabularies = [("tokenizer/vocab.json", "tokenizer/merges.txt"), ("tokenizer/tokenizer.json",)] if clip else [("vocab.txt",), ("tokenizer.json",)]
+    vocabularies = (
+        [("tokenizer/vocab.json", "tokenizer/merges.txt"), ("tokenizer/tokenizer.json",)]
+        if clip
+        else [("vocab.txt",), ("tokenizer.json",)]
+    )
     missing = [] if model + "config.json" in names else [model + "config.json"]
     if not any(model + w in names for w in _WEIGHTS): missing.append(" or ".join(model + w for w in _WEIGHTS))
-    if not any(all(f in names for f in v) for v in vocabularies): missing.append(" or ".join(" and ".join(v) for v in vocabularies))
+    if not any(all(f in names for f in v) for v in vocabularies):
+        missing.append(" or ".join(" and ".join(v) for v in vocabularies))
     return missing
 
-def _files_in(folder): return sorted(str(p.relative_to(folder).as_posix()) for p in Path(folder).rglob("*") if p.is_file())
+def _files_in(folder):
+    return sorted(str(p.relative_to(folder).as_posix()) for p in Path(folder).rglob("*") if p.is_file())
 
 # %% ../nbs/24_text_encoder.ipynb #65b7db23
 _SMALL = ["config.json", "vocab.txt", "*token*.json", "tokenizer/*", "text_encoder/config.json"]
@@ -91,7 +112,10 @@ def _download(source):
 
 def _cached(source):
     "The complete snapshot in the local cache, or None."
-    try: folder = Path(snapshot_download(source.location, revision=source.revision, allow_patterns=_SMALL, local_files_only=True))
+    try:
+        folder = Path(
+            snapshot_download(source.location, revision=source.revision, allow_patterns=_SMALL, local_files_only=True)
+        )
     except FileNotFoundError: return None
     return None if _missing_files(_files_in(folder)) else folder
 
@@ -107,15 +131,21 @@ def checkpoint_folder(
     where = f"text encoder {source.name}"
     folder = Path(source.location)
     if not folder.is_dir():
-        if not re.fullmatch(r"[\w.-]+/[\w.-]+", source.location): raise FileNotFoundError(f"{where}: no folder {source.location}")
+        if not re.fullmatch(r"[\w.-]+/[\w.-]+", source.location):
+            raise FileNotFoundError(f"{where}: no folder {source.location}")
         try: folder = _cached(source) or _download(source)
         except OSError as error:
             at = f" --revision {source.revision}" if source.revision else ""
             raise FileNotFoundError(
-                f"{where}: {source.location} is no folder here, not in the local cache, and the hub did not give it ({type(error).__name__}); where there is a network run "
-                f"'hf download {source.location}{at} --local-dir FOLDER' and name the encoder '{source.name}=FOLDER'") from None
+                f"{where}: {source.location} is no folder here, not in the local cache, "
+                f"and the hub did not give it ({type(error).__name__}); where there is a network run "
+                f"'hf download {source.location}{at} --local-dir FOLDER' and name the encoder '{source.name}=FOLDER'"
+            ) from None
     missing = _missing_files(_files_in(folder))
-    if missing: raise FileNotFoundError(f"{where}: {source.location} lacks {'; '.join(missing)}; it holds {', '.join(_files_in(folder)[:8]) or 'nothing'}")
+    if missing:
+        raise FileNotFoundError(
+            f"{where}: {source.location} lacks {'; '.join(missing)}; it holds {', '.join(_files_in(folder)[:8]) or 'nothing'}"
+        )
     return folder
 
 # %% ../nbs/24_text_encoder.ipynb #39edff71
@@ -143,21 +173,34 @@ def _quietly(load, *args, **kwargs):
         if bars: transformers_logging.enable_progress_bar()
 
 def _unreadable(name, error):
-    return ValueError(f"text encoder {name}: its weights cannot be read as plain tensors ({type(error).__name__}: {' '.join(str(error).split())[:160]})")
+    reason = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+    return ValueError(f"text encoder {name}: its weights cannot be read as plain tensors ({reason})")
 
 def _load_strictly(model_class, folder, name):
     "Load a model; returns it and whether its pooler was in the checkpoint. ValueError for any other missing weight."
-    try: model, info = _quietly(model_class.from_pretrained, folder, output_loading_info=True, dtype=torch.float32, local_files_only=True)
+    try:
+        model, info = _quietly(
+            model_class.from_pretrained, folder, output_loading_info=True, dtype=torch.float32, local_files_only=True
+        )
     except Exception as error: raise _unreadable(name, error) from error
-    lost = sorted(k for k in (*info["missing_keys"], *(m[0] for m in info["mismatched_keys"])) if "position_ids" not in k)
+    lost = sorted(
+        k for k in (*info["missing_keys"], *(m[0] for m in info["mismatched_keys"])) if "position_ids" not in k
+    )
     pooler = [k for k in lost if k.startswith("pooler.")]
-    if len(lost) > len(pooler): raise ValueError(f"text encoder {name}: the checkpoint lacks {len(lost) - len(pooler)} weights, the first is {next(k for k in lost if k not in pooler)}")
+    if len(lost) > len(pooler):
+        first = next(k for k in lost if k not in pooler)
+        raise ValueError(f"text encoder {name}: the checkpoint lacks {len(lost) - len(pooler)} weights, the first is {first}")
     return model, not pooler
 
 # %% ../nbs/24_text_encoder.ipynb #990b8b82
 def _read_weights(folder, name):
     path = Path(folder) / "model.safetensors"
-    try: return load_file(path) if path.exists() else torch.load(path.with_name("pytorch_model.bin"), map_location="cpu", weights_only=True)
+    try:
+        return (
+            load_file(path)
+            if path.exists()
+            else torch.load(path.with_name("pytorch_model.bin"), map_location="cpu", weights_only=True)
+        )
     except Exception as error: raise _unreadable(name, error) from error
 
 def projection_head(
@@ -173,16 +216,21 @@ def projection_head(
 # %% ../nbs/24_text_encoder.ipynb #bf12a21b
 def _load_cxr_bert(folder, config, name):
     weights = _read_weights(folder, name)
-    part = lambda prefix: {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix) and not k.endswith("position_ids")}
+    part = lambda prefix: {
+        k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix) and not k.endswith("position_ids")
+    }
     from transformers import BertConfig, BertModel
-    settings = {k: v for k, v in config.items() if k not in ("auto_map", "architectures", "model_type", "transformers_version")}
+    settings = {
+        k: v for k, v in config.items() if k not in ("auto_map", "architectures", "model_type", "transformers_version")
+    }
     model = BertModel(BertConfig(**settings), add_pooling_layer=False)
     head = projection_head(model.config.hidden_size, config["projection_size"], model.config.layer_norm_eps)
     try:
         # checkpoints of other training set-ups may carry a pooler that was never trained
         model.load_state_dict({k: v for k, v in part("bert.").items() if not k.startswith("pooler.")})
         head.load_state_dict(part("cls_projection_head."))
-    except RuntimeError as error: raise ValueError(f"text encoder {name}: {' '.join(str(error).split())[:300]}") from None
+    except RuntimeError as error:
+        raise ValueError(f"text encoder {name}: {' '.join(str(error).split())[:300]}") from None
     return model, head
 
 # %% ../nbs/24_text_encoder.ipynb #e01f14c4
@@ -191,7 +239,9 @@ def _tokenizer(kind, folder, source, vocab_size):
     tokenizer = _quietly(kind.from_pretrained, folder, local_files_only=True, **casing)
     # a vocabulary may be padded to a multiple of 128; a tokenizer that lost its files knows a handful of words
     if not vocab_size - 128 < len(tokenizer) <= vocab_size:
-        raise ValueError(f"text encoder {source.name}: its tokenizer knows {len(tokenizer)} tokens, its model {vocab_size}")
+        raise ValueError(
+            f"text encoder {source.name}: its tokenizer knows {len(tokenizer)} tokens, its model {vocab_size}"
+        )
     return tokenizer
 
 # %% ../nbs/24_text_encoder.ipynb #e45ed47b
@@ -230,7 +280,11 @@ def _load_bert(folder, source):
     from transformers import BertModel, BertTokenizer
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     kind, head = config.get("model_type"), None
-    if kind not in ("bert", "cxr-bert"): raise ValueError(f"text encoder {source.name}: config.json says model_type {kind!r}, expected 'bert', 'cxr-bert' or a folder with text_encoder/")
+    if kind not in ("bert", "cxr-bert"):
+        raise ValueError(
+            f"text encoder {source.name}: config.json says model_type {kind!r}, "
+            "expected 'bert', 'cxr-bert' or a folder with text_encoder/"
+        )
     if "projection_size" in config: (model, head), pooler = _load_cxr_bert(folder, config, source.name), False
     else: model, pooler = _load_strictly(BertModel, folder, source.name)
     tokenizer = _tokenizer(BertTokenizer, folder, source, model.config.vocab_size)
@@ -245,7 +299,10 @@ def _extract(encoder, tokens, special_tokens):
     out = encoder.model(**tokens)
     hidden, mask = out.last_hidden_state, tokens["attention_mask"]
     if not special_tokens: mask = mask * (1 - special)
-    found = {"cls_hidden_state": hidden[:, 0], "mean_hidden_states": (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)}
+    found = {
+        "cls_hidden_state": hidden[:, 0],
+        "mean_hidden_states": (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True),
+    }
     if encoder.has_pooler: found["pooler_output"] = out.pooler_output
     if encoder.head is not None: found["model_specific"] = encoder.head(hidden[:, 0])
     return {name: value.float().cpu() for name, value in found.items()}
@@ -260,32 +317,37 @@ def embed(
 ) -> tuple[dict[str, torch.Tensor], int]:  # extraction -> (n, width) float32 on the CPU; texts cut at the model's length
     "Document embeddings by every extraction the encoder has (§2.4); raises ValueError for an empty text."
     empty = [i for i, text in enumerate(texts) if not isinstance(text, str) or not text.strip()]
-    if empty: raise ValueError(f"text {empty[0]} is empty ({len(empty)} of {len(texts)} are); leave reports without an impression out")
+    if empty:
+        raise ValueError(
+            f"text {empty[0]} is empty ({len(empty)} of {len(texts)} are); leave reports without an impression out"
+        )
     lengths = np.array([len(ids) for ids in encoder.tokenizer(list(texts), verbose=False)["input_ids"]])
     order, device = np.argsort(-lengths, kind="stable"), encoder.model.device
-    found = []
+    how, found = dict(padding=True, truncation=True, return_special_tokens_mask=True, return_tensors="pt"), []
     for start in tqdm(range(0, len(texts), batch_size), desc=encoder.source.name, disable=not progress):
         batch = [texts[i] for i in order[start : start + batch_size]]
-        tokens = encoder.tokenizer(batch, padding=True, truncation=True, max_length=encoder.max_length, return_special_tokens_mask=True, return_tensors="pt")
+        tokens = encoder.tokenizer(batch, max_length=encoder.max_length, **how)
         tokens.pop("token_type_ids", None)
         found.append(_extract(encoder, tokens.to(device), special_tokens))
-    back = torch.from_numpy(np.argsort(order))
-    return {name: torch.cat([f[name] for f in found])[back] for name in found[0]}, int((lengths > encoder.max_length).sum())
+    back, cut = torch.from_numpy(np.argsort(order)), int((lengths > encoder.max_length).sum())
+    return {name: torch.cat([f[name] for f in found])[back] for name in found[0]}, cut
 
 # %% ../nbs/24_text_encoder.ipynb #5aaa34c4
 def _block_scores(similarities, labels, own, k, tolerance):
     "Scores of one block: (b, n) similarities with -inf for the report itself, (n,) labels, (b,) the block's own."
     values, nearest = similarities.topk(k + 1)
-    kth = values[:, k - 1]
+    kth, match = values[:, k - 1], labels[nearest[:, :k]] == own[:, None]
     slack = tolerance * values[:, [0, k - 1]].abs().amax(1)
-    scores = (labels[nearest[:, :k]] == own[:, None]).double().mean(1)
+    scores = match.double().mean(1)
     tied_rows = (values[:, k] >= kth - slack).nonzero()[:, 0]
     if len(tied_rows):
-        gap = similarities[tied_rows] - kth[tied_rows, None]
-        same = labels == own[tied_rows, None]
-        above, tied = gap > slack[tied_rows, None], gap.abs() <= slack[tied_rows, None]
-        share = (tied & same).sum(1) / tied.sum(1).double()
-        scores[tied_rows] = ((above & same).sum(1) + (k - above.sum(1)) * share) / k
+        # what is strictly nearer is among the k nearest; only the tied are spread over the whole row
+        above = (values[:, :k] > (kth + slack)[:, None])[tied_rows]
+        hits, above = (above & match[tied_rows]).sum(1), above.sum(1)
+        reach = similarities[tied_rows] >= (kth - slack)[tied_rows, None]
+        same = (reach & (labels == own[tied_rows, None])).sum(1) - hits
+        share = same / (reach.sum(1) - above).double()
+        scores[tied_rows] = (hits + (k - above) * share) / k
     return scores
 
 # %% ../nbs/24_text_encoder.ipynb #46eadb90
@@ -293,9 +355,15 @@ def _check_retrieval(labels, k):
     labels = pd.Series(labels).reset_index(drop=True)
     n = len(labels)
     if labels.isna().any(): raise ValueError(f"CheXpert@{k}: report {labels.isna().idxmax()} has no label")
-    if not 1 <= k < n: raise ValueError(f"CheXpert@{k}: k must lie between 1 and {n - 1}, for there are {n} reports and none retrieves itself")
+    if not 1 <= k < n:
+        raise ValueError(
+            f"CheXpert@{k}: k must lie between 1 and {n - 1}, for there are {n} reports and none retrieves itself"
+        )
     counts = labels.value_counts()
-    if counts.min() == 1: raise ValueError(f"CheXpert@{k}: class '{counts.idxmin()}' has a single report, which has no other of its class to find; leave it out")
+    if counts.min() == 1:
+        raise ValueError(
+            f"CheXpert@{k}: class '{counts.idxmin()}' has a single report, which has no other of its class to find; leave it out"
+        )
     return torch.from_numpy(pd.factorize(labels)[0])
 
 def retrieval_scores(
@@ -349,7 +417,8 @@ def chexpert_at_k(
     reports is the paper's overall score, the mean of class means its macro
     average. Raises ValueError for arguments that cannot be scored.
     """
-    if similarity not in SIMILARITIES: raise ValueError(f"unknown similarity '{similarity}'; there are {', '.join(SIMILARITIES)}")
+    if similarity not in SIMILARITIES:
+        raise ValueError(f"unknown similarity '{similarity}'; there are {', '.join(SIMILARITIES)}")
     if len(embeddings) != len(labels): raise ValueError(f"{len(embeddings)} embeddings but {len(labels)} labels")
     return retrieval_scores(SIMILARITIES[similarity](embeddings), labels, k, progress=progress)
 
@@ -390,7 +459,8 @@ def fit_tfidf_svd(
     seed: int = 0,  # of the randomised decomposition
 ):  # a scikit-learn pipeline: .transform(texts) -> (n, components), rows of length one
     "Fit latent semantic analysis: TF-IDF of words and word pairs, truncated SVD; raises ValueError for fewer texts than components."
-    if len(texts) <= components: raise ValueError(f"TF-IDF + SVD: {components} components need more than {len(texts)} texts")
+    if len(texts) <= components:
+        raise ValueError(f"TF-IDF + SVD: {components} components need more than {len(texts)} texts")
     tfidf = TfidfVectorizer(ngram_range=(1, 2), min_df=2, sublinear_tf=True)
     return make_pipeline(tfidf, TruncatedSVD(components, random_state=seed), Normalizer()).fit(texts)
 
@@ -400,8 +470,15 @@ def embeddings_frame(
     embeddings: dict[str, torch.Tensor],  # extraction -> (n, width)
 ) -> pd.DataFrame:  # study_id, extraction, embedding (a list of numbers)
     "Embeddings of all extractions as one long table, one row per report and extraction."
-    return pd.concat([pd.DataFrame({"study_id": list(study_ids), "extraction": name, "embedding": list(np.asarray(e, dtype=np.float32))})
-                      for name, e in embeddings.items()], ignore_index=True)
+    return pd.concat(
+        [
+            pd.DataFrame(
+                {"study_id": list(study_ids), "extraction": name, "embedding": list(np.asarray(e, dtype=np.float32))}
+            )
+            for name, e in embeddings.items()
+        ],
+        ignore_index=True,
+    )
 
 def read_embeddings(
     path: Path,  # a parquet file written from `embeddings_frame`
@@ -411,6 +488,7 @@ def read_embeddings(
     found = {}
     for name, rows in pd.read_parquet(path).groupby("extraction", sort=False):
         rows = rows.set_index("study_id").embedding
-        if set(rows.index) != set(study_ids): raise ValueError(f"{path}: holds embeddings of other reports; run 24_text_encoder again")
+        if set(rows.index) != set(study_ids):
+            raise ValueError(f"{path}: holds embeddings of other reports; run 24_text_encoder again")
         found[name] = torch.from_numpy(np.stack(rows.loc[list(study_ids)].to_list()))
     return found

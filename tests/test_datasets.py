@@ -88,7 +88,11 @@ MIMIC = """                                 FINAL REPORT
     (MIMIC + "\n IMPRESSION:  Addended: edema.", "Addended: edema."),
     ("IMPRESSIONS: Two.", "Two."), ("Final impression: Clear.", "Clear."), ("FINDINGS/IMPRESSION: Clear.", "Clear."),
     ("Clear lungs. IMPRESSION: Clear.", "Clear."), ("IMPRESSION: AP view compared to ___: unchanged.", "AP view compared to: unchanged."),
-    ("IMPRESSION: XXXX-year-old with XXXX effusion.", "-year-old with effusion."),
+    ("IMPRESSION: XXXX-year-old with XXXX effusion.", "year-old with effusion."),
+    ("Findings: Clear lungs. Impression: Normal chest.", "Normal chest."), ("Clear lungs. IMPRESSION Normal chest.", "Normal chest."),
+    ("Impression  No acute disease.", "No acute disease."), ("Impression\n1. Edema.", "1. Edema."), ("IMPRESSION - Edema.", "Edema."),
+    ("impression: edema", "edema"), ("Impression of a mass in the lung.", None), ("IMPRESSION:\nxxxx", None),
+    ("IMPRESSION: One. IMPRESSION: Two.", "Two."), ("IMPRESSION AND RECOMMENDATION: Repeat film.", "Repeat film."),
     ("The impression: of a catheter", None), ("IMPRESSION:", None), ("IMPRESSION: ___", None), ("", None),
 ])
 def test_impression_section(text, expected):
