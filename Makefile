@@ -1,9 +1,9 @@
 # One command each, from a fresh clone: `make report`, `make test`, `make lab`. `make help` lists the rest.
 PROFILE ?= demo
-CORES ?= $(shell python3 -c 'import os; print(os.cpu_count())')
 # The first Python on the path that the lock was resolved for.
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && echo $$p && break; done)
+CORES ?= $(shell $(PYTHON) -c 'import os; print(os.cpu_count())')
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -49,7 +49,7 @@ benchmarks: $(READY)  ## measure the speed ratios (D_benchmarks), outside the re
 
 test: $(READY)  ## everything that must be green: notebooks, tests, the smoke report, clean and in sync
 	$(BIN)/nbdev_test --n_workers 2
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest tests
 
 lab: $(READY)  ## open JupyterLab on the notebooks (ARGS="--no-browser --port 8890" are handed on)
 	$(BIN)/jupyter lab nbs $(ARGS)

@@ -202,10 +202,13 @@ def device_name() -> str:
     return f"CPU, {platform.machine()}, {os.cpu_count()} cores"
 
 # %% ../nbs/00_core.ipynb #51e5ead2
-def peak_memory_mb() -> int:
-    "High-water mark of this process's memory in MB."
+def peak_memory_mb() -> dict[str, int]:  # "cpu" and, where torch uses a GPU, "gpu"
+    "High-water marks of this process's memory in MB."
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return round(peak / (1e6 if sys.platform == "darwin" else 1e3))
+    memory = {"cpu": round(peak / (1e6 if sys.platform == "darwin" else 1e3))}
+    torch = sys.modules.get("torch")
+    if torch and torch.cuda.is_available(): memory["gpu"] = round(torch.cuda.max_memory_allocated() / 1e6)
+    return memory
 
 # %% ../nbs/00_core.ipynb #e5bac0ee
 class Run:
@@ -226,7 +229,7 @@ class Run:
         for name, type_name in types.items():
             check_parameter(f"notebook {notebook}", name, namespace[name], type_name)
         self.folder = outputs_dir(self.parameters["profile"])
-        self.inputs, self.outputs, self.results = {}, {}, {}
+        self.inputs, self.outputs = {}, {}
         if "seed" in self.parameters: seed_everything(self.parameters["seed"])
 
 # %% ../nbs/00_core.ipynb #4d5064f0

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['ENCODERS', 'EXTRACTIONS', 'SIMILARITIES', 'EncoderSource', 'encoder_source', 'checkpoint_folder', 'TextEncoder',
-           'projection_head', 'load_text_encoder', 'torch_device', 'embed', 'retrieval_scores', 'dot_product', 'cosine',
-           'chexpert_at_k', 'chance', 'bags_of_words', 'intersection_over_union', 'fit_tfidf_svd', 'embeddings_frame',
-           'read_embeddings']
+           'projection_head', 'load_text_encoder', 'torch_device', 'provenance', 'embed', 'retrieval_scores',
+           'dot_product', 'cosine', 'chexpert_at_k', 'chance', 'bags_of_words', 'intersection_over_union',
+           'fit_tfidf_svd', 'embeddings_frame', 'read_embeddings']
 
 # %% ../nbs/24_text_encoder.ipynb #aeed2725
 import json
@@ -27,6 +27,8 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import Normalizer
 from tqdm.auto import tqdm
+
+from .core import sha256
 
 # %% ../nbs/24_text_encoder.ipynb #fda0ac4c
 @dataclass(frozen=True)
@@ -83,11 +85,8 @@ def _missing_files(names):
     "What a listing of a checkpoint lacks, as a readable list; empty where it is complete."
     clip = any(name.startswith("text_encoder/") for name in names)
     model, words = ("text_encoder/", "tokenizer/") if clip else ("", "")
-    vocabularies = (
-        [("tokenizer/vocab.json", "tokenizer/merges.txt"), ("tokenizer/tokenizer.json",)]
-        if clip
-        else [("vocab.txt",), ("tokenizer.json",)]
-    )
+    vocabularies = [("vocab.json", "merges.txt"), ("tokenizer.json",)] if clip else [("vocab.txt",), ("tokenizer.json",)]
+    vocabularies = [[words + file for file in files] for files in vocabularies]
     missing = [] if model + "config.json" in names else [model + "config.json"]
     if not any(model + w in names for w in _WEIGHTS): missing.append(" or ".join(model + w for w in _WEIGHTS))
     if not any(all(f in names for f in v) for v in vocabularies):
@@ -134,7 +133,7 @@ def checkpoint_folder(
         if not re.fullmatch(r"[\w.-]+/[\w.-]+", source.location):
             raise FileNotFoundError(f"{where}: no folder {source.location}")
         try: folder = _cached(source) or _download(source)
-        except OSError as error:
+        except Exception as error:  # a lost connection shows as any of several libraries' errors
             at = f" --revision {source.revision}" if source.revision else ""
             raise FileNotFoundError(
                 f"{where}: {source.location} is no folder here, not in the local cache, "
@@ -153,6 +152,7 @@ def checkpoint_folder(
 class TextEncoder:
     "A tokenizer and its model, ready to embed texts."
     source: EncoderSource
+    folder: Path  # where its files are
     tokenizer: object
     model: torch.nn.Module
     max_length: int  # tokens, special ones included
@@ -196,11 +196,8 @@ def _load_strictly(model_class, folder, name):
 def _read_weights(folder, name):
     path = Path(folder) / "model.safetensors"
     try:
-        return (
-            load_file(path)
-            if path.exists()
-            else torch.load(path.with_name("pytorch_model.bin"), map_location="cpu", weights_only=True)
-        )
+        if path.exists(): return load_file(path)
+        return torch.load(path.with_name("pytorch_model.bin"), map_location="cpu", weights_only=True)
     except Exception as error: raise _unreadable(name, error) from error
 
 def projection_head(
@@ -274,11 +271,12 @@ def _load_clip(folder, source):
     from transformers import CLIPTextModel, CLIPTokenizer
     model, _ = _load_strictly(CLIPTextModel, folder / "text_encoder", source.name)
     tokenizer = _tokenizer(CLIPTokenizer, folder / "tokenizer", source, model.config.vocab_size)
-    return TextEncoder(source, tokenizer, model, model.config.max_position_embeddings, has_pooler=True)
+    return TextEncoder(source, folder, tokenizer, model, model.config.max_position_embeddings, has_pooler=True)
 
 def _load_bert(folder, source):
     from transformers import BertModel, BertTokenizer
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    try: config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except ValueError as error: raise ValueError(f"text encoder {source.name}: config.json is not JSON ({error})") from None
     kind, head = config.get("model_type"), None
     if kind not in ("bert", "cxr-bert"):
         raise ValueError(
@@ -288,7 +286,19 @@ def _load_bert(folder, source):
     if "projection_size" in config: (model, head), pooler = _load_cxr_bert(folder, config, source.name), False
     else: model, pooler = _load_strictly(BertModel, folder, source.name)
     tokenizer = _tokenizer(BertTokenizer, folder, source, model.config.vocab_size)
-    return TextEncoder(source, tokenizer, model, model.config.max_position_embeddings, pooler, head)
+    return TextEncoder(source, folder, tokenizer, model, model.config.max_position_embeddings, pooler, head)
+
+# %% ../nbs/24_text_encoder.ipynb #1e4f5da8
+def provenance(
+    encoder: TextEncoder,  # as loaded
+) -> dict[str, object]:  # location, revision, weights_sha256, lower_case, max_length
+    "What to record of a loaded encoder."
+    source, folder = encoder.source, encoder.folder
+    # the cache keeps each commit of a repository in snapshots/<commit>
+    revision = folder.name if folder.parent.name == "snapshots" else source.revision
+    weights = next(p for part in (".", "text_encoder") for w in _WEIGHTS if (p := folder / part / w).exists())
+    about = {"location": source.location, "revision": revision, "weights_sha256": sha256(weights)}
+    return about | {"lower_case": source.lower_case, "max_length": encoder.max_length}
 
 # %% ../nbs/24_text_encoder.ipynb #93952615
 EXTRACTIONS = ["cls_hidden_state", "mean_hidden_states", "pooler_output", "model_specific"]

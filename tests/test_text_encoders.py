@@ -129,6 +129,7 @@ def test_wrong_files_are_named(made, tmp_path_factory):
     assert "Missing key(s)" in fails("CXR-BERT-specialized", lambda f: without(f, "layer.1."))
     assert "dense_to_output" in fails("CXR-BERT-specialized", lambda f: without(f, "dense_to_output"))
     assert "model_type 'gpt2'" in fails("SapBERT", lambda f: (f / "config.json").write_text('{"model_type": "gpt2"}'))
+    assert "config.json is not JSON" in fails("SapBERT", lambda f: (f / "config.json").write_text("{"))
     for name in ("RadBERT", "CXR-BERT-specialized"):
         assert "cannot be read as plain tensors" in fails(name, lambda f: (f / "pytorch_model.bin").write_bytes(b"PK\x03\x04 half a file"))
 
@@ -157,8 +158,8 @@ def test_hub_serves_what_is_needed_and_the_cache_serves_it_again(made, tmp_path,
     "A hub on this machine: pinned revision, only the files needed, and none asked for the second time."
     name, folder = "CLIP", made["CLIP"][0]
     (folder / "text_encoder/model.safetensors.index").write_text("{}")
-    address, asked = hub({f"{ENCODERS[name].location}": folder}, ENCODERS[name].revision)
-    code = f"from cxr_nb.text_encoder import *; f = checkpoint_folder(ENCODERS['{name}']); print(f.name, embed(load_text_encoder('{name}'), ['no effusion'], progress=False)[0]['pooler_output'].shape)"
+    address, asked = hub({ENCODERS[name].location: folder}, ENCODERS[name].revision)
+    code = f"from cxr_nb.text_encoder import *; e = load_text_encoder('{name}'); print(provenance(e)['revision'], embed(e, ['no effusion'], progress=False)[0]['pooler_output'].shape)"
     environment = dict(HF_HOME=str(tmp_path / "cache"), HF_ENDPOINT=address, HF_HUB_OFFLINE="0", HF_HUB_DISABLE_XET="1", PYTHONPATH="")
     done = run_in(tmp_path, "python", "-c", code, **environment)
     assert done.stdout.strip() == f"{ENCODERS[name].revision} torch.Size([1, 16])", done.stderr
