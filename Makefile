@@ -56,6 +56,7 @@ lab: $(READY)  ## open JupyterLab on the notebooks (ARGS="--no-browser --port 88
 
 prepare: $(READY)  ## before a commit: export, clean and render the README
 	$(BIN)/nbdev_export
+	$(BIN)/python -m nbconvert --clear-output --inplace --log-level WARN nbs/*.ipynb
 	$(BIN)/nbdev_clean
 	$(MAKE) readme
 
