@@ -25,7 +25,6 @@ setup(
     long_description_content_type="text/markdown",
     keywords=cfg["keywords"],
     author=cfg["author"],
-    author_email=cfg["author_email"],
     license="Apache-2.0",
     classifiers=["Intended Audience :: " + cfg["audience"]]
     + [f"Programming Language :: Python :: 3.{minor}" for minor in minors],

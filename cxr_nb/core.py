@@ -79,7 +79,7 @@ PARAMETER_TYPES = {
     "int": lambda v: isinstance(v, int) and not isinstance(v, bool),
     "float": lambda v: isinstance(v, int | float) and not isinstance(v, bool),
     "str": lambda v: isinstance(v, str),
-    "list[str]": lambda v: isinstance(v, list) and all(isinstance(x, str) for x in v),
+    "list": lambda v: isinstance(v, list) and all(isinstance(x, str) for x in v),
 }
 
 # %% ../nbs/00_core.ipynb #5666c9a2
@@ -95,7 +95,8 @@ def check_parameter(
             f"{where}: parameter '{name}' is declared as {type_name}; use one of {', '.join(PARAMETER_TYPES)}"
         )
     if not PARAMETER_TYPES[type_name](value):
-        raise TypeError(f"{where}: parameter '{name}' takes {type_name}, not {value!r} ({type(value).__name__})")
+        wanted = "list of text" if type_name == "list" else type_name
+        raise TypeError(f"{where}: parameter '{name}' takes {wanted}, not {value!r} ({type(value).__name__})")
 
 # %% ../nbs/00_core.ipynb #faf246e2
 def declared_parameters(

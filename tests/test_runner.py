@@ -14,7 +14,7 @@ def project(tmp_path, copy_project):
     copy = copy_project(tmp_path)
     new = nbformat.v4
     cells = [new.new_markdown_cell("# Small\n> For a test."),
-             new.new_code_cell('profile: str = "tiny"\nk: int = 10\nrate: float = 0.5\nnames: list[str] = ["a"]', metadata={"tags": ["parameters"]}),
+             new.new_code_cell('profile: str = "tiny"\nk: int = 10\nrate: float = 0.5\nnames: list = ["a"]', metadata={"tags": ["parameters"]}),
              new.new_code_cell("from cxr_nb.core import Run"), new.new_code_cell('run = Run("99_small", globals())'),
              new.new_code_cell('if k > 50: raise ValueError(f"k={k} is too large")\nrun.write("measures/k.txt", lambda p: p.write_text(str(k)))\nrun.finish(k=k);')]
     for i, cell in enumerate(cells): cell["id"] = f"cell{i}"
@@ -34,7 +34,7 @@ GOOD = "99_small:\n  k: 3\n  rate: 1\n  names: [x, y]\n"
     (GOOD.replace("  k: 3\n", ""), [], "profile 'tiny', notebook 99_small: missing parameter 'k' (int)"),
     (GOOD.replace("3", "three"), [], "profile 'tiny', notebook 99_small: parameter 'k' takes int, not 'three' (str)"),
     (GOOD.replace("3", "true"), [], "parameter 'k' takes int, not True (bool)"),
-    (GOOD.replace("[x, y]", "x"), [], "parameter 'names' takes list[str], not 'x' (str)"),
+    (GOOD.replace("[x, y]", "x"), [], "parameter 'names' takes list of text, not 'x' (str)"),
     (GOOD.replace("99_small", "98_other"), [], "notebook 98_other: no file nbs/98_other.ipynb"),
     ("just text", [], "profile 'tiny': expected one section of parameters per notebook"),
     ("a: [", [], "profile 'tiny': not valid YAML"),
