@@ -256,12 +256,11 @@ def write(
     self: Run,
     name: str,  # path below outputs/<profile>
     save,  # called with the path to write to
-) -> Path:
+) -> None:
     "Write one output whole and hash it into the record."
     path = self.folder / name
     with written_whole(path) as partial: save(partial)
     self.outputs[name] = sha256(path)
-    return path
 
 # %% ../nbs/00_core.ipynb #1eb3986e
 @patch
@@ -269,9 +268,9 @@ def write_csv(
     self: Run,
     name: str,  # path below outputs/<profile>, ending in .csv
     frame: pd.DataFrame,  # written without its index
-) -> Path:
+) -> None:
     "Write a frame as CSV."
-    return self.write(name, lambda path: frame.to_csv(path, index=False, lineterminator="\n"))
+    self.write(name, lambda path: frame.to_csv(path, index=False, lineterminator="\n"))
 
 # %% ../nbs/00_core.ipynb #b4ca3d33
 @patch
@@ -279,9 +278,9 @@ def write_measure(
     self: Run,
     name: str,  # file stem below measures/
     frame: pd.DataFrame,  # the raw values behind a table: one row per report, image or pair
-) -> Path:
+) -> None:
     "Write raw values as `measures/<name>.parquet`."
-    return self.write(f"measures/{name}.parquet", lambda path: frame.to_parquet(path, index=False))
+    self.write(f"measures/{name}.parquet", lambda path: frame.to_parquet(path, index=False))
 
 # %% ../nbs/00_core.ipynb #6c669538
 TABLE_COLUMNS = ["row", "column", "published", "measured", "ci_low", "ci_high", "n"]
@@ -291,11 +290,11 @@ def write_table(
     self: Run,
     name: str,  # file stem below tables/, e.g. "table_2"
     table: pd.DataFrame,  # TABLE_COLUMNS, then further columns
-) -> Path:
+) -> None:
     "Write `tables/<name>.csv`; raises ValueError unless it begins with TABLE_COLUMNS."
     if list(table.columns[: len(TABLE_COLUMNS)]) != TABLE_COLUMNS:
         raise ValueError(f"tables/{name}.csv: columns are {list(table.columns)}, expected {TABLE_COLUMNS} first")
-    return self.write_csv(f"tables/{name}.csv", table)
+    self.write_csv(f"tables/{name}.csv", table)
 
 # %% ../nbs/00_core.ipynb #d5340054
 @patch
@@ -303,12 +302,12 @@ def write_figure(
     self: Run,
     name: str,  # file stem below figures/, e.g. "figure_6"
     figure,  # a matplotlib figure
-) -> Path:  # the PNG
+) -> None:
     "Write a figure as `figures/<name>.png` and `.svg`, byte for byte the same for the same figure."
     import matplotlib as mpl
     with mpl.rc_context({"svg.hashsalt": name, "svg.fonttype": "none"}):
         self.write(f"figures/{name}.svg", lambda p: figure.savefig(p, bbox_inches="tight", metadata={"Date": None}))
-    return self.write(f"figures/{name}.png", lambda p: figure.savefig(p, bbox_inches="tight", dpi=200))
+    self.write(f"figures/{name}.png", lambda p: figure.savefig(p, bbox_inches="tight", dpi=200))
 
 # %% ../nbs/00_core.ipynb #f159ccdf
 def figure_style() -> None:
