@@ -32,7 +32,7 @@ $(READY): requirements.lock settings.ini setup.py
 	touch $@
 
 # A killed run leaves its lock behind; with no other run in this folder the lock is stale, and the run goes on.
-SNAKEMAKE = $(CURDIR)/$(BIN)/python -m snakemake --cores $(CORES) --rerun-incomplete --config profile=$(PROFILE)
+SNAKEMAKE = "$(CURDIR)/$(BIN)/python" -m snakemake --cores $(CORES) --rerun-incomplete --config profile=$(PROFILE)
 define unlock
 @if ls .snakemake/locks/* >/dev/null 2>&1 && command -v pgrep >/dev/null && ! pgrep -f '$(CURDIR)/$(BIN)/[p]ython -m snakemake' >/dev/null; \
 	then touch .snakemake/stale; fi

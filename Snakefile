@@ -1,5 +1,6 @@
 # The graph of notebooks. papermill runs each with its section of a profile; it runs again when the notebook, a module
 # it imports, its section or a file it reads has changed. Called by `make report` and `make benchmarks`.
+import json
 import os
 import sys
 from pathlib import Path
@@ -18,50 +19,69 @@ except (FileNotFoundError, KeyError, TypeError, ValueError) as error:
 text = PARAMETERS["24_text_encoder"]
 ENCODERS = [core.slug(line.partition("=")[0]) for line in text["encoders"]] + ["tf_idf_svd"] * bool(text["svd_components"])
 EMBEDDINGS = [f"measures/text_embeddings_{name}.parquet" for name in ENCODERS]
-FIGURES = [f"figures/tsne_{name}.png" for name in ["bag_of_words", *ENCODERS]]
-FIGURES += [f"figures/{f}.png" for f in ("figure_6", "figure_7", "figure_8") if PARAMETERS["B_text_clusters"][f]]
+FIGURES = [f"tsne_{name}" for name in ["bag_of_words", *ENCODERS]]
+FIGURES += [f for f in ("figure_6", "figure_7", "figure_8") if PARAMETERS["B_text_clusters"][f]]
+
+
+def figures(*names): return [f"figures/{name}.{kind}" for name in names for kind in ("png", "svg")]
+
 
 # notebook: (files it reads, files it writes), below outputs/<profile>
 GRAPH = {
     "21_datasets": (
         [],
-        ["cohorts/openi.csv", "cohorts/text_evaluation.csv", "cohorts/text_evaluation_classes.csv", "figures/openi_classes.png"],
+        ["cohorts/openi.csv", "cohorts/text_evaluation.csv", "cohorts/text_evaluation_classes.csv", *figures("openi_classes")],
     ),
     "24_text_encoder": (
         ["cohorts/openi.csv", "cohorts/text_evaluation.csv"],
         ["measures/text_encoders.json", "measures/bag_of_words.parquet", *EMBEDDINGS],
     ),
     "33_text_encoder_results": (
-        ["cohorts/text_evaluation.csv", "cohorts/text_evaluation_classes.csv", "measures/text_encoders.json", "measures/bag_of_words.parquet", *EMBEDDINGS],
-        ["measures/chexpert_at_k.parquet", "tables/table_2.csv", "tables/table_3.csv", "figures/chexpert_at_k.png"],
+        [
+            "cohorts/openi.csv", "cohorts/text_evaluation.csv", "cohorts/text_evaluation_classes.csv", "records/21_datasets.json",
+            "measures/text_encoders.json", "measures/bag_of_words.parquet", *EMBEDDINGS,
+        ],
+        [
+            "measures/chexpert_at_k.parquet", "tables/table_2.csv", "tables/table_3.csv", "tables/evaluation_set_draws.csv",
+            *figures("chexpert_at_k"),
+        ],
     ),
     "B_text_clusters": (
         ["cohorts/text_evaluation.csv", "measures/chexpert_at_k.parquet", "measures/bag_of_words.parquet", *EMBEDDINGS],
-        ["measures/tsne.parquet", *FIGURES],
+        ["measures/tsne.parquet", *figures(*FIGURES)],
     ),
     "D_benchmarks": (["cohorts/text_evaluation.csv"], ["tables/benchmarks.csv"]),
 }
 
 
-def record(name): return f"{OUT}/records/{name}.json"
+for name in GRAPH:
+    if name not in PARAMETERS:
+        raise WorkflowError(f"profile '{PROFILE}': section {name} is missing")
+    # a run with other parameters (cxr_nb run -p, papermill) is not this profile's result: without its record it runs again
+    made = Path(OUT, "records", f"{name}.json")
+    if made.exists() and json.loads(made.read_text())["parameters"] != PARAMETERS[name]:
+        print(f"{made} was made with other parameters than the profile's; {name} runs again", file=sys.stderr)
+        made.unlink()
 
 
+def products(name): return [f"{OUT}/{file}" for file in (*GRAPH[name][1], f"records/{name}.json")]
+
+
+# all files are asked for, not the records alone: a fresh clone has the committed ones and lacks the rest
 rule report:
-    input: [record(name) for name in GRAPH if name != "D_benchmarks"]
+    input: [file for name in GRAPH if name != "D_benchmarks" for file in products(name)]
 
 rule benchmarks:
-    input: record("D_benchmarks")
+    input: products("D_benchmarks")
 
-for name, (reads, writes) in GRAPH.items():
+for name, (reads, _) in GRAPH.items():
     rule:
         name: f"notebook_{name}"
         input:
             notebook=f"nbs/{name}.ipynb",
             modules=[f"cxr_nb/{module}.py" for module in core.imported_modules(name)],
             upstream=[f"{OUT}/{file}" for file in reads],
-        output:
-            [f"{OUT}/{file}" for file in writes],
-            record(name),
+        output: products(name)
         # a failed rule loses its outputs; the executed notebook is what explains the failure, so it is a log
         log: f"{OUT}/notebooks/{name}.ipynb"
         params:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CHEXPERT_LABELS', 'COHORT_COLUMNS', 'MESH_TERMS', 'LABEL_POLICIES', 'NEGBIO_NAMES', 'read_cohort', 'openi_archive',
            'read_openi', 'impression_section', 'labels_from_mesh', 'openi_cohort', 'report_texts', 'apply_label_policy',
-           'single_label', 'text_evaluation_set', 'label_agreement']
+           'single_label', 'wording', 'text_evaluation_set', 'label_agreement']
 
 # %% ../nbs/21_datasets.ipynb #11561e7a
 import re
@@ -113,7 +113,7 @@ _DEIDENTIFIED = re.compile(r"_{2,}|\bX{3,}\b|\bx{4,}\b")
 def _one_line(section):
     "A section's text without de-identified spans, line breaks and leading marks; None where nothing is left."
     text = " ".join(_DEIDENTIFIED.sub(" ", section).split())
-    text = re.sub(r"\s+([.,;:)])", r"\1", text).lstrip(" :.,;-–—")
+    text = re.sub(r"\s+([.,;:)])(?!\d)", r"\1", text).lstrip(" :.,;-–—")
     return text if re.search(r"[^\W_]", text) else None
 
 # %% ../nbs/21_datasets.ipynb #df960a78
@@ -136,8 +136,8 @@ MESH_TERMS = {
     "Edema": r"pulmonary edema",
     "Enlarged Cardiomediastinum": r"mediastinum/(?!lymph nodes|blood vessels).*(enlarged|prominent)",
     "Fracture": r"fractures, bone",
-    "Lung Lesion": r"nodule|mass",
-    "Lung Opacity": r"opacity|airspace disease|infiltrate|density/lung|markings/.*interstitial|lung diseases, interstitial",
+    "Lung Lesion": r"(nodule|mass)(?!/(breast|mediastinum|right/paratracheal))",
+    "Lung Opacity": r"opacity(?!/(thoracic vertebrae|spine))|airspace disease|infiltrate|density/lung|markings/.*interstitial|lung diseases, interstitial",
     "No Finding": r"normal",
     "Pleural Effusion": r"pleural effusion|hydropneumothorax|hemopneumothorax|hemothorax",
     "Pleural Other": r"(thickening|cicatrix)/(.*/)?pleura",
@@ -216,6 +216,13 @@ def single_label(
     only = (labels.sum(axis=1) == 1) & labels.notna().all(axis=1)
     return labels.eq(1).idxmax(axis=1).where(only)
 
+# %% ../nbs/21_datasets.ipynb #f371564d
+def wording(
+    texts: pd.Series,  # impressions
+) -> pd.Series:  # the same for texts that differ in case, spaces or punctuation alone
+    "What two impressions must share to count as the same."
+    return texts.str.casefold().str.replace(r"[\W_]+", " ", regex=True).str.strip()
+
 # %% ../nbs/21_datasets.ipynb #7d5c91ec
 def text_evaluation_set(
     cohort: pd.DataFrame,  # a cohort table
@@ -233,8 +240,7 @@ def text_evaluation_set(
     """
     rows = cohort.assign(label=single_label(cohort, policy), impression=impressions)
     rows = rows[rows.label.notna() & rows.impression.notna()].sort_values("study_id").sample(frac=1, random_state=seed)
-    wording = rows.impression.str.casefold().str.replace(r"[\W_]+", " ", regex=True).str.strip()
-    rows = rows[~wording.duplicated()].drop(columns="impression")
+    rows = rows[~wording(rows.impression).duplicated()].drop(columns="impression")
     found = rows.label.value_counts().reindex(CHEXPERT_LABELS, fill_value=0)
     kept = found[found >= min_reports]
     if len(kept) < 2:

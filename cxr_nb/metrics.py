@@ -45,6 +45,7 @@ def group_mean_intervals(
         raise ValueError(
             f"values, groups and units must be as long as each other and not empty: {len(values)}, {len(groups)}, {len(units)}"
         )
+    if draws < 2: raise ValueError(f"an interval needs at least 2 draws, not {draws}")
     _, unit = np.unique(units, return_inverse=True)
     rng, n_units = np.random.default_rng(seed), unit.max() + 1
     samples = [

@@ -28,7 +28,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import Normalizer
 from tqdm.auto import tqdm
 
-from .core import sha256
+from .core import find_path, sha256
 
 # %% ../nbs/24_text_encoder.ipynb #fda0ac4c
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def encoder_source(
             )
         return known
     revision = None
-    if not Path(location).is_dir(): location, _, revision = location.partition("@")
+    if not find_path(location).is_dir(): location, _, revision = location.partition("@")
     return EncoderSource(name, location, revision or None, known.lower_case if known else None)
 
 # %% ../nbs/24_text_encoder.ipynb #28ad9ee8
@@ -85,7 +85,9 @@ def _missing_files(names):
     "What a listing of a checkpoint lacks, as a readable list; empty where it is complete."
     clip = any(name.startswith("text_encoder/") for name in names)
     model, words = ("text_encoder/", "tokenizer/") if clip else ("", "")
-    vocabularies = [("vocab.json", "merges.txt"), ("tokenizer.json",)] if clip else [("vocab.txt",), ("tokenizer.json",)]
+    vocabularies = (
+        [("vocab.json", "merges.txt"), ("tokenizer.json",)] if clip else [("vocab.txt",), ("tokenizer.json",)]
+    )
     vocabularies = [[words + file for file in files] for files in vocabularies]
     missing = [] if model + "config.json" in names else [model + "config.json"]
     if not any(model + w in names for w in _WEIGHTS): missing.append(" or ".join(model + w for w in _WEIGHTS))
@@ -128,7 +130,7 @@ def checkpoint_folder(
     is neither here nor to be had, and for a folder that lacks files.
     """
     where = f"text encoder {source.name}"
-    folder = Path(source.location)
+    folder = find_path(source.location)
     if not folder.is_dir():
         if not re.fullmatch(r"[\w.-]+/[\w.-]+", source.location):
             raise FileNotFoundError(f"{where}: no folder {source.location}")
@@ -189,7 +191,9 @@ def _load_strictly(model_class, folder, name):
     pooler = [k for k in lost if k.startswith("pooler.")]
     if len(lost) > len(pooler):
         first = next(k for k in lost if k not in pooler)
-        raise ValueError(f"text encoder {name}: the checkpoint lacks {len(lost) - len(pooler)} weights, the first is {first}")
+        raise ValueError(
+            f"text encoder {name}: the checkpoint lacks {len(lost) - len(pooler)} weights, the first is {first}"
+        )
     return model, not pooler
 
 # %% ../nbs/24_text_encoder.ipynb #990b8b82
@@ -276,7 +280,8 @@ def _load_clip(folder, source):
 def _load_bert(folder, source):
     from transformers import BertModel, BertTokenizer
     try: config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except ValueError as error: raise ValueError(f"text encoder {source.name}: config.json is not JSON ({error})") from None
+    except ValueError as error:
+        raise ValueError(f"text encoder {source.name}: config.json is not JSON ({error})") from None
     kind, head = config.get("model_type"), None
     if kind not in ("bert", "cxr-bert"):
         raise ValueError(
