@@ -1,6 +1,5 @@
 # The graph of notebooks. papermill runs each with its section of a profile; it runs again when the notebook, a module
 # it imports, its section or a file it reads has changed. Called by `make report` and `make benchmarks`.
-import json
 import os
 import sys
 from pathlib import Path
@@ -57,11 +56,6 @@ GRAPH = {
 for name in GRAPH:
     if name not in PARAMETERS:
         raise WorkflowError(f"profile '{PROFILE}': section {name} is missing")
-    # a run with other parameters (cxr_nb run -p, papermill) is not this profile's result: without its record it runs again
-    made = Path(OUT, "records", f"{name}.json")
-    if made.exists() and json.loads(made.read_text())["parameters"] != PARAMETERS[name]:
-        print(f"{made} was made with other parameters than the profile's; {name} runs again", file=sys.stderr)
-        made.unlink()
 
 
 def products(name): return [f"{OUT}/{file}" for file in (*GRAPH[name][1], f"records/{name}.json")]
