@@ -25,20 +25,32 @@ FIGURES += [f for f in ("figure_6", "figure_7", "figure_8") if PARAMETERS["B_tex
 def figures(*names): return [f"figures/{name}.{kind}" for name in names for kind in ("png", "svg")]
 
 
+def cohorts():
+    "What 21_datasets writes, which depends on the data sets the profile names."
+    data = PARAMETERS["21_datasets"]
+    keys = {"chexpert": "chexpert", "mimic_cxr": "mimic_cxr", "openi_images": "open_i", "nih": "nih_chestx_ray14"}
+    own = [core.slug(line.partition("=")[0]) for line in data["folders"]]
+    images = [name for key, name in keys.items() if data[key]] + own
+    files = ["sources.json", "text_reports.csv", "text_evaluation.csv", "text_evaluation_classes.csv"]
+    files += [f"{name}.csv" for name in dict.fromkeys(["open_i", "nih_chestx_ray14", *images])]
+    files += [f"{name}_sample.csv" for name in images]
+    files += ["few_shot_candidates.csv", "few_shot.csv"] * bool(data["few_shot_source"]) + ["captions.parquet"] * bool(data["laion_400m"])
+    drawn = ["cohort_labels", "cohort_patients", "cohort_cooccurrence", "text_evaluation_classes"]
+    drawn += [f"cohort_sample_{name}" for name in images] + ["few_shot_candidates"] * bool(data["few_shot_source"])
+    return [f"cohorts/{file}" for file in files] + ["tables/cohorts.csv", *figures(*drawn)]
+
+
 # notebook: (files it reads, files it writes), below outputs/<profile>
 GRAPH = {
-    "21_datasets": (
-        [],
-        ["cohorts/openi.csv", "cohorts/text_evaluation.csv", "cohorts/text_evaluation_classes.csv", *figures("openi_classes")],
-    ),
+    "21_datasets": ([], cohorts()),
     "24_text_encoder": (
-        ["cohorts/openi.csv", "cohorts/text_evaluation.csv"],
+        ["cohorts/sources.json", "cohorts/text_reports.csv", "cohorts/text_evaluation.csv"],
         ["measures/text_encoders.json", "measures/bag_of_words.parquet", *EMBEDDINGS],
     ),
     "33_text_encoder_results": (
         [
-            "cohorts/openi.csv", "cohorts/text_evaluation.csv", "cohorts/text_evaluation_classes.csv", "records/21_datasets.json",
-            "measures/text_encoders.json", "measures/bag_of_words.parquet", *EMBEDDINGS,
+            "cohorts/sources.json", "cohorts/text_reports.csv", "cohorts/text_evaluation.csv", "cohorts/text_evaluation_classes.csv",
+            "records/21_datasets.json", "measures/text_encoders.json", "measures/bag_of_words.parquet", *EMBEDDINGS,
         ],
         [
             "measures/chexpert_at_k.parquet", "tables/table_2.csv", "tables/table_3.csv", "tables/evaluation_set_draws.csv",
@@ -49,9 +61,17 @@ GRAPH = {
         ["cohorts/text_evaluation.csv", "measures/chexpert_at_k.parquet", "measures/bag_of_words.parquet", *EMBEDDINGS],
         ["measures/tsne.parquet", *figures(*FIGURES)],
     ),
-    "D_benchmarks": (["cohorts/text_evaluation.csv"], ["tables/benchmarks.csv"]),
+    "D_benchmarks": (["cohorts/sources.json", "cohorts/text_evaluation.csv"], ["tables/benchmarks.csv"]),
 }
 
+
+# files a person edits, named by a parameter
+EDITED = {
+    "21_datasets": [
+        str(core.find_path(PARAMETERS["21_datasets"][key]))
+        for key in ("few_shot_choice", "reference_labels") if PARAMETERS["21_datasets"][key]
+    ],
+}
 
 for name in GRAPH:
     if name not in PARAMETERS:
@@ -75,6 +95,7 @@ for name, (reads, _) in GRAPH.items():
             notebook=f"nbs/{name}.ipynb",
             modules=[f"cxr_nb/{module}.py" for module in core.imported_modules(name)],
             upstream=[f"{OUT}/{file}" for file in reads],
+            edited=EDITED.get(name, []),
         output: products(name)
         # a failed rule loses its outputs; the executed notebook is what explains the failure, so it is a log
         log: f"{OUT}/notebooks/{name}.ipynb"

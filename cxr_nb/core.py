@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PARAMETER_TYPES', 'TABLE_COLUMNS', 'repo_root', 'outputs_dir', 'slug', 'find_path', 'written_whole',
            'check_parameter', 'declared_parameters', 'load_profile', 'resolve_parameters', 'seed_everything', 'sha256',
-           'git_commit', 'versions', 'device_name', 'peak_memory_mb', 'Run', 'figure_style', 'published', 'paper_view',
-           'run_notebook', 'imported_modules', 'main']
+           'git_commit', 'git_would_track', 'versions', 'device_name', 'peak_memory_mb', 'Run', 'figure_style',
+           'published', 'paper_view', 'run_notebook', 'imported_modules', 'main']
 
 # %% ../nbs/00_core.ipynb #dc2339fb
 import ast
@@ -198,6 +198,15 @@ def git_commit() -> str | None:
     dirty = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!outputs").stdout.strip()
     return head.stdout.strip() + ("-dirty" if dirty else "")
 
+# %% ../nbs/00_core.ipynb #6ea6f3c1
+def git_would_track(
+    path: Path,  # a file, there or not
+) -> bool:
+    "Whether a file at this place would be part of a commit; False outside of git and where git is not installed."
+    command = ["git", "-C", str(repo_root()), "check-ignore", "--quiet", str(Path(path).absolute())]
+    try: return subprocess.run(command, capture_output=True).returncode == 1
+    except FileNotFoundError: return False
+
 # %% ../nbs/00_core.ipynb #115c0742
 def versions() -> dict[str, str]:
     "Versions of Python and of the packages this project requires."
@@ -246,7 +255,7 @@ class Run:
 @patch
 def need(
     self: Run,
-    name: str,  # path below outputs/<profile>, e.g. "cohorts/openi.csv"
+    name: str,  # path below outputs/<profile>, e.g. "cohorts/text_reports.csv"
     made_by: str,  # stem of the notebook that writes it
 ) -> Path:
     "Path of a file of this profile that must be there; it is hashed into the record."

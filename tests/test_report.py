@@ -56,7 +56,7 @@ def test_it_writes_what_was_agreed(report):
         measured = table[table.measured.notna()]
         assert len(measured) and measured.ci_low.le(measured.measured).all() and measured.ci_high.ge(measured.measured).all()
         assert (measured.n > 0).all() and (table[table.measured.isna()].n == 0).all()
-    for name in ("tsne_bag_of_words", "tsne_tf_idf_svd", "tsne_cxr_bert_specialized", "tsne_clip", "figure_8", "figure_6", "figure_7", "chexpert_at_k", "openi_classes"):
+    for name in ("tsne_bag_of_words", "tsne_tf_idf_svd", "tsne_cxr_bert_specialized", "tsne_clip", "figure_8", "figure_6", "figure_7", "chexpert_at_k", "text_evaluation_classes", "cohort_labels", "cohort_patients", "cohort_cooccurrence"):
         assert (out / f"figures/{name}.png").stat().st_size > 10_000 and (out / f"figures/{name}.svg").exists()
     for name in ("21_datasets", "24_text_encoder", "33_text_encoder_results", "B_text_clusters"):
         assert (out / f"notebooks/{name}.ipynb").exists()

@@ -52,7 +52,7 @@ def test_nothing_runs_with_parameters_that_do_not_fit(project, monkeypatch, text
 def test_unknown_profile_names_those_there_are(project, monkeypatch):
     monkeypatch.chdir(project)
     with pytest.raises(SystemExit) as stop: core.main(["run", "99_small", "--profile", "dmeo"])
-    assert stop.value.code == "cxr_nb: profile 'dmeo': no file nbs/profiles/dmeo.yaml; there are demo, public, smoke"
+    assert stop.value.code == "cxr_nb: profile 'dmeo': no file nbs/profiles/dmeo.yaml; there are demo, paper, public, smoke"
 
 
 def test_run_leaves_output_record_and_executed_notebook(project, run_in):

@@ -1,0 +1,535 @@
+"Every data set as a cohort: against torchxrayvision's readers, in any order of files, by patient, and with bad input refused."
+import gzip
+import json
+import shutil
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow
+import pyarrow.csv
+import pytest
+import torchxrayvision as xrv
+import trees
+from conftest import ROOT
+from PIL import Image
+
+from cxr_nb import core
+from cxr_nb.datasets import (
+    CHEXPERT_LABELS, COHORT_COLUMNS, SPLITS, CohortImages, few_shot_candidates, image_paths, openi_cohort, read_chexpert, read_cohort,
+    read_few_shot_choice, read_folder, read_mimic_cxr, read_nih, read_openi, report_texts, sample_captions, sample_frontal, with_splits,
+)
+
+SHAPES = ["CheXpert-v1.0-small", "CheXpert-v1.0", "batches"]
+XRV_NAMES = {"Effusion": "Pleural Effusion"}
+OPENI_IDS = [image for images in read_openi().images[:40] for image in images]
+
+
+def quietly(read, *args):
+    with warnings.catch_warnings(action="ignore"): return read(*args)
+
+
+def xrv_labels(dataset):
+    return pd.DataFrame(dataset.labels, columns=[XRV_NAMES.get(p, p) for p in dataset.pathologies])
+
+
+def all_cohorts(base, order=1):
+    "A cohort of each data set, its trees made in one order of files and rows or the other."
+    mimic = trees.mimic(base / "mimic", order=order)
+    read = {
+        "chexpert": lambda: read_chexpert(trees.chexpert(base / "chexpert", order=order)),
+        "mimic": lambda: read_mimic_cxr(mimic, trees.mimic_reports(base / "reports", mimic)),
+        "nih": lambda: read_nih(trees.nih(base / "nih", order=order)),
+        "openi": lambda: openi_cohort(read_openi(), trees.openi(base / "openi", OPENI_IDS, order)),
+        "plain": lambda: read_folder(trees.plain(base / "plain", order=order), "Mine"),
+    }
+    return {name: quietly(make) for name, make in read.items()}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory): return tmp_path_factory.mktemp("trees")
+
+
+@pytest.fixture(scope="module")
+def cohorts(base): return all_cohorts(base)
+
+
+ROOTS = {"CheXpert": "chexpert", "MIMIC-CXR": "mimic", "NIH ChestX-ray14": "nih", "Open-i": "openi", "Mine": "plain"}
+
+
+# ---- what is read
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_chexpert_in_its_three_shapes(tmp_path, shape):
+    root = trees.chexpert(tmp_path, shape)
+    cohort = read_chexpert(root)
+    table = pd.concat([pd.read_csv(p) for p in root.rglob("*.csv")])
+    assert len(cohort) == len(table) == 132 and list(cohort) == COHORT_COLUMNS
+    assert all((root / path).is_file() for path in cohort.image_path)
+    keys = table.Path.str.split("/").str[2:].str.join("_").str.removesuffix(".jpg")
+    expected = table.set_index(keys)[CHEXPERT_LABELS].astype(float).loc[cohort.image_id]
+    np.testing.assert_array_equal(cohort[CHEXPERT_LABELS], expected)
+    assert cohort["view"].value_counts().to_dict() == {"lateral": 66, "PA": 34, "AP": 32}
+    assert set(cohort.official_split) == {"train", "valid"} and cohort.sex.isin(["M", "F"]).all() and cohort.age.between(18, 90).all()
+    direct = {"CheXpert-v1.0-small": root / shape, "CheXpert-v1.0": root / shape}.get(shape, root)
+    assert read_chexpert(direct).drop(columns="image_path").equals(cohort.drop(columns="image_path"))
+
+
+def test_chexpert_against_torchxrayvision_on_the_real_table(tmp_path):
+    "223,414 rows that torchxrayvision packs: views counted as published, labels as its own reader has them."
+    packed = Path(xrv.datasets.datapath) / "chexpert_train.csv.gz"
+    (tmp_path / "train.csv").write_bytes(gzip.decompress(packed.read_bytes()))
+    cohort = read_chexpert(tmp_path)
+    assert cohort["view"].value_counts()[["AP", "PA", "lateral"]].tolist() == [161590, 29420, 32387] and len(cohort) == 223414
+    theirs = xrv.datasets.CheX_Dataset(str(tmp_path), str(tmp_path / "train.csv"), views=["*"], unique_patients=False)
+    ids = theirs.csv.Path.str.split("/").str[2:].str.join("_").str.removesuffix(".jpg")
+    ours = cohort.set_index("image_id").loc[ids]
+    labels = xrv_labels(theirs)
+    # theirs makes -1 unknown and every finding of a normal image negative; ours keeps the table's values
+    made_negative = (ours["No Finding"] == 1).to_numpy()[:, None] & (labels.columns != "Support Devices")
+    np.testing.assert_array_equal(ours[labels.columns].replace(-1, np.nan).mask(made_negative, 0), labels)
+    assert ours.patient_id.str.removeprefix("patient").tolist() == theirs.csv.patientid.tolist()
+
+
+def test_mimic_against_torchxrayvision(cohorts, base, tmp_path):
+    root = trees.mimic(tmp_path, packed=False)
+    theirs = xrv.datasets.MIMIC_Dataset(str(root / "files"), str(root / "mimic-cxr-2.0.0-chexpert.csv"), str(root / "mimic-cxr-2.0.0-metadata.csv"), views=["*"], unique_patients=False)
+    ours = quietly(read_mimic_cxr, root).set_index("image_id").loc[theirs.csv.dicom_id]
+    labels = xrv_labels(theirs)
+    made_negative = (ours["No Finding"] == 1).to_numpy()[:, None] & np.ones(len(labels.columns), bool)
+    np.testing.assert_array_equal(ours[labels.columns].replace(-1, np.nan).mask(made_negative, 0), labels)
+    for i in (0, 5): assert (root / ours.image_path.iloc[i]).read_bytes() == Path(theirs.imgpath, *ours.image_path.iloc[i].split("/")[1:]).read_bytes()
+    packed = cohorts["mimic"].drop(columns="report_path")
+    assert packed.equals(quietly(read_mimic_cxr, root).drop(columns="report_path")), "packed and unpacked tables are one"
+    assert packed["view"].value_counts().to_dict() == {"PA": 40, "lateral": 40, "AP": 26, "": 12}
+    assert set(packed.official_split) == {"train", "test"}
+
+
+def test_nih_against_torchxrayvision(cohorts, base):
+    root = base / "nih"
+    theirs = xrv.datasets.NIH_Dataset(str(root), str(root / "Data_Entry_2017_v2020.csv"), views=["PA", "AP"], unique_patients=False)
+    ours = cohorts["nih"].set_index("image_id").loc[theirs.csv["Image Index"].str.removesuffix(".png")]
+    theirs_labels = pd.DataFrame(theirs.labels, columns=theirs.pathologies)
+    for name, label in {"Atelectasis": "Atelectasis", "Effusion": "Pleural Effusion", "Infiltration": "Lung Opacity", "Pleural_Thickening": "Pleural Other"}.items():
+        assert ours[label].tolist() == theirs_labels[name].tolist()
+    assert ours["Lung Lesion"].tolist() == theirs_labels[["Mass", "Nodule"]].max(axis=1).tolist()
+    assert (ours.other_findings == "Hernia").tolist() == (theirs_labels.Hernia == 1).tolist()
+    assert ours.age.tolist() == theirs.csv.age_years.tolist() and (ours.sex == "M").tolist() == theirs.csv.sex_male.tolist()
+    assert ours[["Fracture", "Support Devices"]].isna().all(axis=None)
+    assert set(ours.official_split) == {"train_val", "test"} and all((root / p).is_file() for p in ours.image_path)
+
+
+def test_nih_of_2017_and_in_one_folder(tmp_path):
+    root = trees.nih(tmp_path, shape="flat", table="Data_Entry_2017.csv")
+    table = root / "Data_Entry_2017.csv"
+    table.write_text(table.read_text().replace("Patient Sex", "Patient Gender").replace(",20,", ",020Y,"))
+    cohort = read_nih(root)
+    assert cohort.image_path.str.match(r"images/\d{8}_\d{3}\.png").all() and cohort.age.notna().all() and set(cohort.sex) == {"M", "F"}
+
+
+def test_openi_images_against_torchxrayvision(cohorts):
+    theirs = xrv.datasets.Openi_Dataset(".", views=["*"], unique_patients=False).csv.set_index("imageid")
+    ours = cohorts["openi"].set_index("image_id")
+    assert sorted(ours.index) == sorted(OPENI_IDS) and (theirs.uid.loc[ours.index] == ours.study_id).all()
+    said = theirs["View Position"].loc[ours.index]
+    for view in ("AP", "PA"): assert ours["view"][said == view].isin([view, ""]).all()
+    contradicted = said.isin(["AP", "PA"]) & (theirs["tsne-view"].loc[ours.index] == "L")
+    assert contradicted.any() and (ours["view"][contradicted] == "").all()
+
+
+def test_reports_of_every_source(cohorts, base, tmp_path):
+    mimic = cohorts["mimic"]
+    places = {"MIMIC-CXR": base / "reports"}
+    texts = report_texts(mimic, places)
+    assert all(f"Study {study}." in text for study, text in zip(mimic.study_id, texts))
+    for around in ("", "mimic-cxr-reports/"):
+        archive = trees.mimic_reports(tmp_path / f"zip{len(around)}", base / "mimic", as_zip=True, around=around)
+        assert report_texts(mimic, {"MIMIC-CXR": archive}).equals(texts)
+    plain = read_folder(trees.plain(tmp_path / "plain", reports=True), "Mine")
+    both = pd.concat([plain.tail(3), mimic.head(2)], ignore_index=True)
+    found = report_texts(both, places | {"Mine": tmp_path / "plain"})
+    assert found.tolist()[:3] == [f"IMPRESSION: image {i}.png." for i in plain.tail(3).image_id] and found.tolist()[3:] == texts.head(2).tolist()
+
+
+# ---- order, seeds, patients
+
+def test_cohorts_are_the_same_bytes_whatever_the_order_of_files(cohorts, tmp_path, monkeypatch):
+    glob, rglob = Path.glob, Path.rglob
+    monkeypatch.setattr(Path, "glob", lambda self, *a: iter(sorted(glob(self, *a), reverse=True)))
+    monkeypatch.setattr(Path, "rglob", lambda self, *a: iter(sorted(rglob(self, *a), reverse=True)))
+    for name, other in all_cohorts(tmp_path, order=-1).items():
+        one = with_splits(cohorts[name], 3)
+        two = with_splits(other, 3)
+        assert one.to_csv().encode() == two.to_csv().encode(), name
+        assert sample_frontal(one, 8, 3).to_csv() == sample_frontal(two, 8, 3).to_csv() != sample_frontal(two, 8, 4).to_csv()
+
+
+def test_a_cohort_survives_its_file(cohorts, tmp_path):
+    for name, cohort in cohorts.items():
+        cohort.to_csv(tmp_path / name, index=False)
+        pd.testing.assert_frame_equal(read_cohort(tmp_path / name), cohort, check_dtype=False)
+
+
+def test_no_patient_crosses_a_split(cohorts):
+    for cohort in [*cohorts.values(), read_nih()]:
+        split = with_splits(cohort, 7)
+        of_patient = {}
+        for patient, name in zip(split.patient_id, split.split): of_patient.setdefault(patient, set()).add(name)
+        assert all(len(names) == 1 for names in of_patient.values()) and set(split.split) <= set(SPLITS)
+        assert len(of_patient) < len(split), "only patients with several images can cross"
+    assert set(split.split) == set(SPLITS)
+
+
+def test_same_patient_number_in_two_sources_is_two_people():
+    rows = pd.DataFrame({"source": ["A", "B"] * 500, "patient_id": [str(i // 2) for i in range(1000)]})
+    split = with_splits(rows)
+    assert (split.split[::2].to_numpy() != split.split[1::2].to_numpy()).mean() > 0.2
+
+
+def test_sample_is_a_fair_draw():
+    cohort = read_nih().head(400)
+    times = sum(cohort.image_id.isin(sample_frontal(cohort, 100, seed).image_id).astype(int) for seed in range(200))
+    assert times.mean() == 50 and times.std() == pytest.approx((200 * 0.25 * 0.75) ** 0.5, rel=0.15)
+
+
+# ---- images
+
+def test_images_through_torchxrayvisions_contract(cohorts, base):
+    roots = {source: base / folder for source, folder in ROOTS.items()}
+    mixed = pd.concat([c.head(3) for c in cohorts.values()], ignore_index=True)
+    dataset = CohortImages(mixed, roots, size=None)
+    for i in range(len(mixed)):
+        pixels = np.asarray(Image.open(roots[mixed.source[i]] / mixed.image_path[i]))
+        np.testing.assert_allclose(dataset[i]["img"], xrv.datasets.normalize(pixels, 255, reshape=True), atol=1e-3)
+    xrv.datasets.relabel_dataset(["Pneumonia", "Pleural Effusion", "Hernia"], dataset, silent=True)
+    assert dataset.labels.shape == (15, 3) and np.isnan(dataset.labels[:, 2]).all()
+
+
+def test_few_shot_images_are_sole_findings_of_training_patients(cohorts, base):
+    roots = {source: base / folder for source, folder in ROOTS.items()}
+    for name in ("chexpert", "nih"):
+        cohort = with_splits(cohorts[name], 0)
+        rows = few_shot_candidates(cohort, roots, 2, 0)
+        assert rows.groupby("concept").chosen.sum().to_dict() == {"no finding": 2, "pleural effusion": 2}
+        for concept, label in (("no finding", "No Finding"), ("pleural effusion", "Pleural Effusion")):
+            raw = rows[rows.concept == concept]
+            assert (raw[label] == 1).all() and (raw[CHEXPERT_LABELS].isin([1, -1]).sum(axis=1) == 1).all()
+        assert (rows.split == "train").all() and rows["view"].isin(["AP", "PA"]).all() and (rows.other_findings == "").all()
+        assert not rows.patient_id[rows.concept == "no finding"].duplicated().any()
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda t: t.assign(concept="edema"), r"row 2 \(.*\): its concept is none of no finding, pleural effusion"),
+    (lambda t: t.assign(image_id=["nobody", *t.image_id[1:]]), r"row 2 \(nobody\): no such image in CheXpert"),
+    (lambda t: t.assign(chosen="yes"), "chosen is neither 1 nor 0"),
+    (lambda t: t.assign(chosen=0), "no image is chosen for 'no finding'"),
+    (lambda t: t.drop(columns="chosen"), "column 'chosen' is missing"),
+    (lambda t: pd.concat([t, t.head(1)]), "repeats row 2"),
+])
+def test_a_choice_that_does_not_fit_is_refused(cohorts, base, tmp_path, change, message):
+    cohort = with_splits(cohorts["chexpert"], 0)
+    proposed = few_shot_candidates(cohort, {"CheXpert": base / "chexpert"}, 2, 0)
+    change(proposed).to_csv(tmp_path / "choice.csv", index=False)
+    with pytest.raises(ValueError, match="choice.csv: .*" + message) as caught: read_few_shot_choice(tmp_path / "choice.csv", cohort)
+    assert "\n" not in str(caught.value)
+
+
+# ---- bad input
+
+def replaced(path, old, new, count=1):
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, count))
+
+
+def chexpert_table(root): return root / "CheXpert-v1.0-small/train.csv"
+
+
+BAD_CHEXPERT = {
+    "missing column": (lambda p: replaced(p, ",AP/PA", ",View"), "train.csv: column 'AP/PA' is missing; it has Path"),
+    "bad label": (lambda p: replaced(p, ",1.0", ",0.5"), r"train.csv: row \d+, column '.*': label '0.5' is none of 1, 0, -1, blank"),
+    "word for a label": (lambda p: replaced(p, ",1.0", ",yes"), r"row \d+, column '.*': label 'yes' is none of"),
+    "age": (lambda p: p.write_text(pd.read_csv(p, dtype=str, keep_default_na=False).assign(Age="old").to_csv(index=False)), r"row 2, column 'Age': 'old' is no number"),
+    "duplicate row": (lambda p: p.write_text(p.read_text() + p.read_text().splitlines()[1] + "\n"), "train.csv: row 122 repeats row 2 .* with the same values"),
+    "same image, other labels": (lambda p: p.write_text(p.read_text() + p.read_text().splitlines()[1].rsplit(",", 1)[0] + ",-1.0\n"), "row 122 repeats row 2 .* with another Support Devices"),
+    "leaves the folder": (lambda p: replaced(p, "CheXpert-v1.0-small/train/patient00001", "CheXpert-v1.0-small/../patient00001"), r"row 2: path '.*' leads out of"),
+    "another layout": (lambda p: replaced(p, "/study1/", "/exam1/"), r"row 2: path '.*' is not like CheXpert-v1.0/train/patient00001/study1"),
+    "empty": (lambda p: p.write_text(""), "train.csv: not a readable CSV file"),
+    "header alone": (lambda p: p.write_text(p.read_text().splitlines()[0] + "\n"), "train.csv: has a header and no rows"),
+    "binary": (lambda p: p.write_bytes(b"\x89PNG\xff\xfe\x00"), "train.csv: "),
+    "a field too many": (lambda p: replaced(p, "patient00001/study1/view2", "patient00001,study1/view2"), "train.csv: not a readable CSV file .*Row #3: Expected 19 columns, got 20"),
+    "a field too few": (lambda p: replaced(p, ",Frontal,", ","), "Row #2: Expected 19 columns, got 18"),
+    "a column twice": (lambda p: replaced(p, ",Fracture,", ",Edema,"), "train.csv: column 'Edema' is there twice"),
+    "valid repeats train": (lambda p: shutil.copy(p, p.with_name("valid.csv")), "train.csv and valid.csv both have patient00001"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_CHEXPERT)
+def test_bad_chexpert_is_refused_in_one_line(tmp_path, case):
+    spoil, message = BAD_CHEXPERT[case]
+    spoil(chexpert_table(trees.chexpert(tmp_path)))
+    with pytest.raises(ValueError, match=message) as caught: read_chexpert(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_batch_that_was_not_unpacked_is_named(tmp_path):
+    root = trees.chexpert(tmp_path, "batches")
+    shutil.rmtree(root / trees.BATCHES[2])
+    with pytest.raises(ValueError, match=r"train.csv: row \d+: patient00001 is in none of the batches; unpack all four"): read_chexpert(root)
+
+
+def metadata(root): return root / "mimic-cxr-2.0.0-metadata.csv"
+
+
+BAD_MIMIC = {
+    "no view column": (lambda r: replaced(metadata(r), "ViewPosition", "View"), "metadata.csv: column 'ViewPosition' is missing"),
+    "duplicate image": (lambda r: metadata(r).write_text(metadata(r).read_text() + metadata(r).read_text().splitlines()[3] + "\n"), "metadata.csv: row 120 repeats row 4"),
+    "two versions of a table": (lambda r: (trees.gzipped(metadata(r)), replaced(metadata(r), ",PA,", ",AP,")), "metadata.csv and mimic-cxr-2.0.0-metadata.csv.gz disagree from row 2 on; keep the one"),
+    "a shorter version": (lambda r: (trees.gzipped(metadata(r)), metadata(r).write_text("\n".join(metadata(r).read_text().splitlines()[:9]))), "disagree from row 10 on"),
+    "cut gzip": (lambda r: (trees.gzipped(metadata(r)), metadata(r).unlink(), cut(r / "mimic-cxr-2.0.0-metadata.csv.gz")), "metadata.csv.gz: not a readable CSV file"),
+    "bad label": (lambda r: replaced(r / "mimic-cxr-2.0.0-chexpert.csv", ",1.0", ",2.0"), r"chexpert.csv: row \d+, column '.*': label '2.0' is none"),
+    "study twice": (lambda r: replaced(r / "mimic-cxr-2.0.0-chexpert.csv", ",50000001,", ",50000000,"), "chexpert.csv: row 3 repeats row 2 .study_id 50000000."),
+    "study of two patients": (lambda r: replaced(r / "mimic-cxr-2.0.0-chexpert.csv", "10000032,50000000", "10000033,50000000"), "metadata.csv: row 2: study 50000000 is of patient 10000032 here and of 10000033"),
+    "other release": (lambda r: (r / "mimic-cxr-2.0.0-chexpert.csv").write_text((r / "mimic-cxr-2.0.0-chexpert.csv").read_text().replace(",500", ",700")), "none of its studies is in the label table"),
+}
+
+
+def cut(path): path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@pytest.mark.parametrize("case", BAD_MIMIC)
+def test_bad_mimic_is_refused_in_one_line(tmp_path, case):
+    spoil, message = BAD_MIMIC[case]
+    spoil(trees.mimic(tmp_path, packed=False))
+    with pytest.raises(ValueError, match=message) as caught: quietly(read_mimic_cxr, tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_equal_tables_packed_and_unpacked_are_one(tmp_path):
+    trees.gzipped(metadata(trees.mimic(tmp_path, packed=False)))
+    assert len(quietly(read_mimic_cxr, tmp_path)) == 118
+
+
+def test_labelers_that_disagree_and_studies_without_labels_are_said(tmp_path):
+    root = trees.mimic(tmp_path, packed=False)
+    path = root / "mimic-cxr-2.0.0-chexpert.csv"
+    path.write_text("\n".join(line for line in path.read_text().splitlines() if ",50000000," not in line) + "\n")
+    with pytest.warns(UserWarning) as said: cohort = read_mimic_cxr(root)
+    texts = [str(w.message) for w in said]
+    assert texts[0] == "MIMIC-CXR: 2 of 118 images left out, their study has no labels; the first is study s50000000"
+    assert "negbio.csv has other labels for 1 of 39 studies; the CheXpert labeler's are used; the first is s50000020, Edema" in texts[1]
+    assert "s50000000" not in set(cohort.study_id)
+
+
+def test_a_study_without_report_is_named(cohorts, base, tmp_path):
+    reports = tmp_path / "reports"
+    shutil.copytree(base / "reports", reports)
+    rows = cohorts["mimic"]
+    gone = rows.report_path[2]
+    (reports / "mimic-cxr-reports" / gone).unlink()
+    with pytest.raises(ValueError, match=rf"cohort row \d+: no MIMIC-CXR report '{gone}'"): report_texts(rows, {"MIMIC-CXR": reports})
+    (reports / "mimic-cxr-reports" / gone).write_bytes(b"caf\xe9")
+    with pytest.raises(ValueError, match="is not UTF-8 text"): report_texts(rows, {"MIMIC-CXR": reports})
+    with pytest.raises(FileNotFoundError, match="MIMIC-CXR's reports: .* is not the data set .* looked for mimic-cxr-reports.zip"): report_texts(rows, {"MIMIC-CXR": tmp_path})
+    with pytest.raises(ValueError, match="cohort row 0: MIMIC-CXR names no report"): report_texts(rows.assign(report_path=""), {"MIMIC-CXR": reports})
+
+
+@pytest.mark.parametrize("read", [read_chexpert, read_mimic_cxr, read_nih, lambda p: openi_cohort(read_openi(), p), lambda p: read_folder(p, "Mine"), sample_captions])
+@pytest.mark.parametrize("place", ["empty", "none", "other"])
+def test_a_folder_that_is_not_the_data_set_says_what_was_looked_for(tmp_path, read, place):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/notes.txt").write_text("x")
+    with pytest.raises(FileNotFoundError, match=f"{place}.* is not the data set .*looked for ") as caught: read(tmp_path / place)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_and_unknown_images_of_nih_are_said(tmp_path):
+    root = trees.nih(tmp_path)
+    next(root.rglob("00000002_000.png")).unlink()
+    trees.picture(root / "images_001/images/extra.png")
+    with pytest.warns(UserWarning) as said: cohort = read_nih(root)
+    assert len(cohort) == 47 and "00000002_000" not in set(cohort.image_id)
+    assert "47 of the 48 images" in str(said[0].message) and "00000002_000.png" in str(said[0].message) and "extra.png" in str(said[1].message)
+    trees.picture(root / "images_002/images/extra.png")
+    with pytest.raises(ValueError, match="extra.png is there twice"): read_nih(root)
+
+
+BAD_PLAIN = {
+    "no patients": (lambda p: replaced(p, "patient_id", "person"), "column 'patient_id' is missing"),
+    "blank patient": (lambda p: replaced(p, ",p0,", ",,"), "row 2: patient_id is blank; splits are by patient"),
+    "no view": (lambda p: replaced(p, ",view,", ",projection,"), "column 'view' is missing"),
+    "odd view": (lambda p: replaced(p, ",PA,", ",front,"), "row 3: view 'front' is none of AP, PA, lateral, blank"),
+    "odd finding": (lambda p: replaced(p, "Effusion", "Efusion"), "row 3: finding 'Efusion' is none of"),
+    "no labels": (lambda p: replaced(p, "finding_labels", "notes"), "no labels; add a column finding_labels"),
+    "twice": (lambda p: replaced(p, "001.png", "000.png"), "row 3 repeats row 2"),
+    "leaves": (lambda p: replaced(p, "001.png", "../001.png"), "row 3: path '../001.png' leads out"),
+    "two tables": (lambda p: p.with_name("b.csv").write_text("image"), "holds 2 CSV files, b.csv and labels.csv among them"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_PLAIN)
+def test_bad_plain_folders_are_refused_in_one_line(tmp_path, case):
+    spoil, message = BAD_PLAIN[case]
+    spoil(trees.plain(tmp_path) / "labels.csv")
+    with pytest.raises(ValueError, match=message) as caught: read_folder(tmp_path, "Mine")
+    assert "\n" not in str(caught.value)
+
+
+# ---- captions
+
+def test_captions_come_from_all_parts_without_nulls(tmp_path):
+    drawn, counts = sample_captions(trees.laion(tmp_path), 300, seed=2)
+    assert counts == {"rows": 1200, "null": 3, "not UTF-8": 0, "blank": 0}
+    assert drawn.part.value_counts().between(70, 130).all() and drawn.caption.str.match(r"a photo \d \d+$").all()
+    assert (drawn.caption == [f"a photo {int(p[5:10])} {r}" for p, r in zip(drawn.part, drawn.row)]).all()
+    assert sample_captions(tmp_path, 60, seed=2)[0].equals(drawn.head(60))
+
+
+@pytest.mark.parametrize("spoil, message", [
+    (lambda p: p.write_bytes(p.read_bytes()[:2000]), "part-00001.*: not a whole parquet file"),
+    (lambda p: p.write_bytes(b""), "part-00001.*: not a whole parquet file"),
+    (lambda p: pd.DataFrame({"URL": ["u"]}).to_parquet(p), "part-00001.*: no column TEXT or caption; it has URL"),
+    (lambda p: pd.DataFrame({"TEXT": [1, 2]}).to_parquet(p), "part-00001.*: column 'TEXT' holds int64, not text"),
+])
+def test_bad_captions_are_refused_in_one_line(tmp_path, spoil, message):
+    spoil(sorted(trees.laion(tmp_path).glob("*"))[1])
+    with pytest.raises(ValueError, match=message) as caught: sample_captions(tmp_path, 100)
+    assert "\n" not in str(caught.value)
+
+
+# ---- size
+
+MEASURE = "import resource, sys; {work}; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)"
+
+
+def peak_mb(work):
+    done = subprocess.run([sys.executable, "-c", MEASURE.format(work=work)], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    return int(done.stdout.split()[-1])
+
+
+def write_csv(table, path): pyarrow.csv.write_csv(pyarrow.Table.from_pandas(table, preserve_index=False), path)
+
+
+def test_mimic_at_its_real_size_fits_in_2_gb(tmp_path):
+    rng = np.random.default_rng(0)
+    studies = np.sort(rng.choice(np.arange(50_000_000, 60_000_000), 227_835, replace=False))
+    of = np.sort(np.concatenate([np.arange(227_835), rng.integers(0, 227_835, 377_110 - 227_835)]))
+    patients = 10_000_032 + 17 * np.sort(rng.integers(0, 65_379, 227_835))
+    views = rng.choice(["AP", "PA", "LATERAL", "LL", ""], 377_110, p=[0.39, 0.255, 0.22, 0.095, 0.04])
+    dicom = [f"{a:08x}-{b:08x}-{c:08x}-{d:08x}-{e:08x}" for a, b, c, d, e in rng.integers(0, 2**32, (377_110, 5))]
+    write_csv(pd.DataFrame({"dicom_id": dicom, "subject_id": patients[of], "study_id": studies[of], "ViewPosition": views}), tmp_path / "mimic-cxr-2.0.0-metadata.csv")
+    labels = pd.DataFrame(rng.choice(["1.0", "0.0", "-1.0", ""], (227_827, 14), p=[0.15, 0.15, 0.05, 0.65]), columns=CHEXPERT_LABELS)
+    labels.insert(0, "study_id", studies[:-8])
+    labels.insert(0, "subject_id", patients[:-8])
+    write_csv(labels, tmp_path / "mimic-cxr-2.0.0-chexpert.csv")
+    work = f"from cxr_nb.datasets import *; c = with_splits(read_mimic_cxr({str(tmp_path)!r})); assert 377_000 < len(c) < 377_110; sample_frontal(c); c.to_csv({str(tmp_path / 'c.csv')!r})"
+    assert peak_mb(work) < 2000
+
+
+def test_memory_for_captions_does_not_grow_with_the_parts(tmp_path):
+    rng = np.random.default_rng(0)
+    texts = [" ".join(words) for words in rng.choice(["a", "photo", "of", "lung", "xray"], (50_000, 12))]
+    for folder, times in (("one", 1), ("many", 40)):
+        (tmp_path / folder).mkdir()
+        pd.DataFrame({"TEXT": texts * times}).to_parquet(tmp_path / folder / "p.parquet", row_group_size=10**9)
+    few, many = (peak_mb(f"from cxr_nb.datasets import sample_captions; sample_captions({str(tmp_path / folder)!r}, 20_000)") for folder in ("one", "many"))
+    assert many - few < 150, "2 million captions are 100 MB of text, and more as strings"
+
+
+# ---- the notebook
+
+@pytest.fixture(scope="module")
+def edited_choice(cohorts, base):
+    "What the notebook will propose, edited: what was not chosen is, and the other way round."
+    proposed = few_shot_candidates(with_splits(cohorts["chexpert"], 0), {"CheXpert": base / "chexpert"}, 2, 0)
+    return proposed.assign(chosen=(proposed.excluded.eq("") & proposed.chosen.eq(0)).astype(int))
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory, copy_project, base, edited_choice):
+    "A copy of the project with a profile that names a small tree of every data set."
+    copy = copy_project(tmp_path_factory.mktemp("project"))
+    (copy / "data").mkdir()
+    for name in ("chexpert", "mimic", "nih", "openi", "reports"): (copy / "data" / name).symlink_to(base / name)
+    trees.plain(copy / "data/mine", reports=True)
+    trees.laion(copy / "data/laion")
+    edited_choice.to_csv(copy / "mine.csv", index=False)
+    profile = (copy / "nbs/profiles/smoke.yaml").read_text()
+    for key, value in {"chexpert": "data/chexpert", "mimic_cxr": "data/mimic", "mimic_cxr_reports": "data/reports", "openi_images": "data/openi", "nih": "data/nih",
+                       "folders": "[Mine=data/mine]", "laion_400m": "data/laion", "sample_size": 8, "few_shot_source": "CheXpert", "few_shot": 2, "few_shot_choice": "mine.csv", "check_files": "true"}.items():
+        old = next(line for line in profile.splitlines() if line.startswith(f"  {key}: "))
+        profile = profile.replace(old, f"  {key}: {value}")
+    (copy / "nbs/profiles/all.yaml").write_text(profile)
+    return copy
+
+
+@pytest.fixture(scope="module")
+def ran(project, run_in):
+    done = run_in(project, "snakemake", "--cores", 2, "outputs/all/records/21_datasets.json", "--config", "profile=all")
+    assert done.returncode == 0, done.stderr[-3000:]
+    return project / "outputs/all"
+
+
+def test_the_notebook_writes_a_cohort_of_every_data_set(ran):
+    record = json.loads((ran / "records/21_datasets.json").read_text())
+    assert set(record["results"]["cohorts"]) == {"CheXpert", "MIMIC-CXR", "Open-i", "NIH ChestX-ray14", "Mine"}
+    for name in ("chexpert", "mimic_cxr", "open_i", "nih_chestx_ray14", "mine"):
+        cohort, sample = (read_cohort(ran / f"cohorts/{name}{kind}.csv") for kind in ("", "_sample"))
+        assert cohort.groupby("patient_id").split.nunique().max() == 1
+        assert len(sample) == 8 and sample["view"].isin(["AP", "PA"]).all() and set(sample.image_id) <= set(cohort.image_id)
+        assert (ran / f"figures/cohort_sample_{name}.png").stat().st_size > 10_000
+    captions = pd.read_parquet(ran / "cohorts/captions.parquet")
+    assert len(captions) == 100 and record["results"]["captions"]["null"] == 3
+    table = pd.read_csv(ran / "tables/cohorts.csv")
+    assert list(table)[:7] == core.TABLE_COLUMNS and (table[["positive", "uncertain", "negative", "blank"]].sum(axis=1) == table.n).all()
+
+
+def test_reports_are_shown_where_the_licence_lets_them(ran):
+    shown = {p.stem for p in (ran / "figures").glob("cohort_reports_*.png")}
+    assert shown == {"cohort_reports_open_i", "cohort_reports_mine"}
+
+
+def test_the_edited_choice_takes_the_place_of_the_proposal(ran, edited_choice):
+    chosen = pd.read_csv(ran / "cohorts/few_shot.csv")
+    assert sorted(chosen.image_id) == sorted(edited_choice.image_id[edited_choice.chosen == 1])
+    proposed = pd.read_csv(ran / "cohorts/few_shot_candidates.csv")
+    assert proposed.image_id.tolist() == edited_choice.image_id.tolist() and set(proposed.image_id[proposed.chosen == 1]).isdisjoint(chosen.image_id)
+
+
+def test_another_edit_of_the_choice_runs_it_again(ran, project, run_in):
+    def would_run():
+        done = run_in(project, "snakemake", "-n", "--cores", 2, "outputs/all/records/21_datasets.json", "--config", "profile=all")
+        return "notebook_21_datasets" in done.stdout + done.stderr
+    assert not would_run()
+    choice = project / "mine.csv"
+    choice.write_text(choice.read_text() + "\n")
+    assert would_run()
+
+
+def test_a_broken_image_stops_the_run_before_anything_is_written(project, run_in, tmp_path):
+    trees.plain(tmp_path / "spoilt")
+    cut(tmp_path / "spoilt/images/001.png")
+    done = run_in(project, "cxr_nb", "run", "21_datasets", "--profile", "smoke", "-p", "folders", f"[Mine={tmp_path}/spoilt]", "-p", "sample_size", 18)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "ValueError: Mine: 1 of 18 images cannot be used; row 0 of the sample: " in done.stderr and "001.png: is broken or truncated" in done.stderr
+    out = project / "outputs/smoke"
+    assert [p.name for p in (out / "cohorts").iterdir()] == ["mine_problems.csv"] and not (out / "records").exists()
+
+
+def test_patients_under_an_agreement_stay_out_of_what_git_tracks(project, run_in, tmp_path):
+    copy = tmp_path / "clone"
+    shutil.copytree(project, copy, symlinks=True, ignore=shutil.ignore_patterns("outputs", ".snakemake"))
+    subprocess.run(["git", "init", "-q", copy], check=True)
+    done = run_in(copy, "cxr_nb", "run", "21_datasets", "-p", "chexpert", "data/chexpert")
+    assert done.returncode == 1 and "CheXpert and MIMIC-CXR are under a data use agreement and git tracks outputs/demo" in done.stderr
+    assert not (copy / "outputs/demo/cohorts").exists() and not (copy / "outputs/demo/figures").exists()
+
+
+def test_paths_of_a_cohort_do_not_name_this_machine(ran, project):
+    for path in (ran / "cohorts").glob("*.csv"): assert str(project) not in path.read_text()
+    with pytest.raises(ValueError, match="no folder for the images of source 'Mine'"): image_paths(read_cohort(ran / "cohorts/mine.csv"), {})
