@@ -63,7 +63,9 @@ def read_cohort(
 def _as_cohort(rows, source):
     "Rows as a cohort table: columns not given are blank, and the order is that of the ids, not of the files."
     blank = {c: np.nan if c in _NUMBERS else "" for c in COHORT_COLUMNS if c not in rows}
-    return rows.assign(**blank | {"source": source})[COHORT_COLUMNS].sort_values(["study_id", "image_id"], ignore_index=True)
+    return rows.assign(**blank | {"source": source})[COHORT_COLUMNS].sort_values(
+        ["study_id", "image_id"], ignore_index=True
+    )
 
 # %% ../nbs/21_datasets.ipynb #784666e8
 _ONE_THREAD = pa.csv.ReadOptions(use_threads=False)  # with several, errors do not say the row
@@ -85,7 +87,7 @@ def _header(path):
 
 # %% ../nbs/21_datasets.ipynb #1f82b4df
 def _read_table(path, columns, labels=()):
-    "Columns of a CSV file as text, label columns as numbers; blank text stays blank, a row with a field too many stops it."
+    "Columns of a CSV file as text, label columns as numbers; blank text stays blank, a field too many stops it."
     names = _header(path)
     missing = [c for c in (*columns, *labels) if c not in names]
     if missing: raise ValueError(f"{path}: column '{missing[0]}' is missing; it has {', '.join(names)}")
@@ -97,49 +99,51 @@ def _read_table(path, columns, labels=()):
     if table.empty: raise ValueError(f"{path}: has a header and no rows")
     return table.assign(**{label: _label_values(table[label], path) for label in labels})
 
+# %% ../nbs/21_datasets.ipynb #14f93110
+def _refuse(wrong, path, why):
+    "Raise for the first row of a table that is wrong, with what `why` says of it, given its number from 0."
+    wrong = np.asarray(wrong, bool)
+    if wrong.any():
+        row = int(wrong.argmax())
+        raise ValueError(f"{path}: row {row + 2}{why(row)}")
+
 # %% ../nbs/21_datasets.ipynb #2ca8132f
 _LABEL_VALUES = {"1": 1.0, "1.0": 1.0, "0": 0.0, "0.0": 0.0, "-1": -1.0, "-1.0": -1.0, "": np.nan}
 
 def _label_values(column, path):
     "A column of categories as numbers."
     values = np.array([_LABEL_VALUES.get(c.strip(), np.inf) for c in column.cat.categories])[column.cat.codes]
-    if np.isinf(values).any():
-        row = int(np.isinf(values).argmax())
-        raise ValueError(f"{path}: row {row + 2}, column '{column.name}': label {column.iloc[row]!r} is none of 1, 0, -1, blank")
+    what = f", column '{column.name}': label"
+    _refuse(np.isinf(values), path, lambda row: f"{what} {column.iloc[row]!r} is none of 1, 0, -1, blank")
     return values
 
 # %% ../nbs/21_datasets.ipynb #438f26e3
 def _refuse_duplicates(table, key, path):
-    again = table[key].duplicated()
-    if again.any():
-        second = int(again.argmax())
+    def why(second):
         first = int((table[key] == table[key].iloc[second]).argmax())
         differ = [c for c in table if not table[c].iloc[[first]].equals(table[c].iloc[[second]].set_axis([first]))]
         how = f"another {differ[0]}" if differ else "the same values"
-        raise ValueError(f"{path}: row {second + 2} repeats row {first + 2} ({key} {table[key].iloc[second]}) with {how}; keep one")
+        return f" repeats row {first + 2} ({key} {table[key].iloc[second]}) with {how}; keep one"
+    _refuse(table[key].duplicated(), path, why)
 
 # %% ../nbs/21_datasets.ipynb #54b05f8d
 def _refuse_escapes(paths, path):
     leaving = paths.str.contains(r"^(?:[/\\~]|[A-Za-z]:)|(?:^|[/\\])\.\.(?:[/\\]|$)", regex=True)
-    if leaving.any():
-        row = int(leaving.argmax())
-        raise ValueError(f"{path}: row {row + 2}: path {paths.iloc[row]!r} leads out of the data set's folder")
+    _refuse(leaving, path, lambda row: f": path {paths.iloc[row]!r} leads out of the data set's folder")
 
 # %% ../nbs/21_datasets.ipynb #016a660e
 def _numbers(column, path):
     "A column of text as numbers, blank as NaN."
-    values = pd.to_numeric(column.where(column.str.strip() != ""), errors="coerce")
-    wrong = values.isna() & (column.str.strip() != "")
-    if wrong.any():
-        row = int(wrong.argmax())
-        raise ValueError(f"{path}: row {row + 2}, column '{column.name}': {column.iloc[row]!r} is no number")
+    given = column.str.strip() != ""
+    values = pd.to_numeric(column.where(given), errors="coerce")
+    _refuse(values.isna() & given, path, lambda row: f", column '{column.name}': {column.iloc[row]!r} is no number")
     return values
 
 # %% ../nbs/21_datasets.ipynb #31d3bb4e
 def _one_table(folder, *names):
-    "The path of the one table among some names, packed or not; None where there is none; raises where two of them differ."
-    found = [folder / (name + packed) for name in names for packed in ("", ".gz") if (folder / (name + packed)).is_file()]
-    first, *others = found or [None]
+    "The path of the one table among some names, packed or not, or None; raises where there are two that differ."
+    paths = [folder / (name + packed) for name in names for packed in ("", ".gz")]
+    first, *others = [path for path in paths if path.is_file()] or [None]
     for other in others:
         rows = zip_longest(_rows(first), _rows(other))
         differ = next((number for number, (one, two) in enumerate(rows, 1) if one != two), None)
@@ -147,7 +151,8 @@ def _one_table(folder, *names):
     return first
 
 def _rows(path):
-    with _table_errors(path), (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file: return file.read().splitlines()
+    opened = gzip.open if path.suffix == ".gz" else open
+    with _table_errors(path), opened(path, "rb") as file: return file.read().splitlines()
 
 # %% ../nbs/21_datasets.ipynb #7d17618a
 def _not_the_data_set(source, root, looked_for):
@@ -158,6 +163,7 @@ def _not_the_data_set(source, root, looked_for):
 _CHEXPERT_PATH = r"^[^/]+/(?P<split>train|valid)/(?P<patient>patient\d+)/(?P<study>study\d+)/(?P<view>view\d+_(?:frontal|lateral))\.\w+$"
 _BATCH_1 = "CheXpert-v1.0 batch 1 (validate & csv)"
 
+
 def _chexpert_tables(root):
     "Folder with train.csv, and a function from (split, patient) to the folder of a patient's studies, both below root."
     for folder in (root, root / "CheXpert-v1.0-small", root / "CheXpert-v1.0"):
@@ -167,8 +173,8 @@ def _chexpert_tables(root):
     if not (root / _BATCH_1 / "train.csv").is_file():
         names = "CheXpert-v1.0-small/, CheXpert-v1.0/"
         raise _not_the_data_set("CheXpert", root, f"train.csv in it, in {names} and in '{_BATCH_1}/'")
-    places = [root / _BATCH_1 / "valid", *sorted(root.glob("CheXpert-v1.0 batch *"))]
-    of = {p.name: os.path.relpath(p, root) for place in places if place.is_dir() for p in os.scandir(place) if p.is_dir()}
+    places = [p for p in (root / _BATCH_1 / "valid", *root.glob("CheXpert-v1.0 batch *")) if p.is_dir()]
+    of = {p.name: os.path.relpath(p, root) for place in places for p in os.scandir(place) if p.is_dir()}
     return root / _BATCH_1, lambda split, patient: patient.map(of)
 
 # %% ../nbs/21_datasets.ipynb #2cff250e
@@ -185,12 +191,15 @@ def read_chexpert(
     root = Path(root)
     folder, place = _chexpert_tables(root)
     columns = ["Path", "Sex", "Age", "Frontal/Lateral", "AP/PA"]
-    parts = [_read_chexpert_table(folder / f"{name}.csv", columns, place) for name in ("train", "valid") if (folder / f"{name}.csv").is_file()]
-    rows = pd.concat(parts, ignore_index=True)
+    tables = [path for path in (folder / "train.csv", folder / "valid.csv") if path.is_file()]
+    rows = pd.concat([_read_chexpert_table(path, columns, place) for path in tables], ignore_index=True)
     both = rows.image_id[rows.image_id.duplicated()]
-    if len(both): raise ValueError(f"{folder}: train.csv and valid.csv both have {both.iloc[0]}; an image has one split")
-    if reports is None: rows["report_path"] = ""
-    elif not Path(reports).is_file(): raise FileNotFoundError(f"CheXpert's reports: {reports}: no such file")
+    if len(both):
+        raise ValueError(f"{folder}: train.csv and valid.csv both have {both.iloc[0]}; an image has one split")
+    if reports is None:
+        rows["report_path"] = ""
+    elif not Path(reports).is_file():
+        raise FileNotFoundError(f"CheXpert's reports: {reports}: no such file")
     return _as_cohort(rows, "CheXpert")
 
 # %% ../nbs/21_datasets.ipynb #27209580
@@ -199,13 +208,10 @@ def _read_chexpert_table(path, columns, place):
     _refuse_escapes(table.Path, path)
     _refuse_duplicates(table, "Path", path)
     ids = table.Path.str.extract(_CHEXPERT_PATH)
-    if ids.view.isna().any():
-        row = int(ids.view.isna().argmax())
-        raise ValueError(f"{path}: row {row + 2}: path {table.Path.iloc[row]!r} is not like CheXpert-v1.0/train/patient00001/study1/view1_frontal.jpg")
+    like = "CheXpert-v1.0/train/patient00001/study1/view1_frontal.jpg"
+    _refuse(ids.view.isna(), path, lambda row: f": path {table.Path.iloc[row]!r} is not like {like}")
     folders = place(ids.split, ids.patient)
-    if folders.isna().any():
-        row = int(folders.isna().argmax())
-        raise ValueError(f"{path}: row {row + 2}: {ids.patient.iloc[row]} is in none of the batches; unpack all four")
+    _refuse(folders.isna(), path, lambda row: f": {ids.patient.iloc[row]} is in none of the batches; unpack all four")
     tail = ids.study + "/" + table.Path.str.rpartition("/")[2]
     study = ids.patient + "_" + ids.study
     return table[CHEXPERT_LABELS].assign(
@@ -273,14 +279,16 @@ def _official_split(root, dicom_ids):
 def _labelled(images, labels, path):
     "The images whose study has labels, and the row of these labels; refuses a study that belongs to two patients."
     at = labels.index.get_indexer(images.study_id)
-    if (at < 0).all(): raise ValueError(f"{path}: none of its studies is in the label table; they are of different releases")
+    if (at < 0).all():
+        raise ValueError(f"{path}: none of its studies is in the label table; they are of different releases")
     if (at < 0).any():
         first = images.study_id[at < 0].iloc[0]
-        warnings.warn(f"MIMIC-CXR: {(at < 0).sum():,} of {len(images):,} images left out, their study has no labels; the first is study s{first}")
-    other = (at >= 0) & (labels.subject_id.to_numpy()[at] != images.subject_id.to_numpy())
-    if other.any():
-        row = int(other.argmax())
-        raise ValueError(f"{path}: row {row + 2}: study {images.study_id[row]} is of patient {images.subject_id[row]} here and of {labels.subject_id.iloc[at[row]]} in the label table")
+        count = f"{(at < 0).sum():,} of {len(images):,} images"
+        warnings.warn(f"MIMIC-CXR: {count} left out, their study has no labels; the first is study s{first}")
+    here, there = images.subject_id.to_numpy(), labels.subject_id.to_numpy()[at]
+    two = "is of patient {} here and of {} in the label table"
+    other = (at >= 0) & (here != there)
+    _refuse(other, path, lambda row: f": study {images.study_id[row]} " + two.format(here[row], there[row]))
     return images[at >= 0].reset_index(drop=True), at[at >= 0]
 
 # %% ../nbs/21_datasets.ipynb #dace8da0
@@ -292,9 +300,10 @@ def _compare_labelers(labels, negbio):
     differ = (ours != theirs) & ~(np.isnan(ours) & np.isnan(theirs))
     if differ.any():
         row, column = (int(i[0]) for i in np.nonzero(differ))
+        first = f"s{labels.index[row]}, {CHEXPERT_LABELS[column]} {ours[row, column]:g} there {theirs[row, column]:g}"
         warnings.warn(
-            f"MIMIC-CXR: {negbio.name} has other labels for {differ.any(axis=1).sum():,} of {len(labels):,} studies; the CheXpert "
-            f"labeler's are used; the first is s{labels.index[row]}, {CHEXPERT_LABELS[column]} {ours[row, column]:g} there {theirs[row, column]:g}"
+            f"MIMIC-CXR: {negbio.name} has other labels for {differ.any(axis=1).sum():,} of {len(labels):,} studies; "
+            f"the CheXpert labeler's are used; the first is {first}"
         )
 
 # %% ../nbs/21_datasets.ipynb #84e0e3a2
@@ -325,8 +334,8 @@ def _labels_from_names(names, known, path, unlisted):
     coded = [CHEXPERT_LABELS.index(label) for label in {*known.values()} - {None}]
     for i, text in enumerate(lists):
         found = [name.strip() for name in text.split("|") if name.strip()]
-        for name in found:
-            if name not in known: raise ValueError(f"{path}: row {int((names == text).argmax()) + 2}: finding {name!r} is none of {', '.join(sorted(known))}")
+        for name in set(found) - set(known):
+            _refuse(names == text, path, lambda row: f": finding {name!r} is none of {', '.join(sorted(known))}")
         rows[i, coded] = unlisted
         rows[i, [CHEXPERT_LABELS.index(known[name]) for name in found if known[name]]] = 1
         others.append("|".join(sorted(name for name in found if not known[name])))
@@ -338,22 +347,28 @@ def _packaged(name):
     "Path of a file among torchxrayvision's data."
     package = find_spec("torchxrayvision")
     if package is None:
-        raise FileNotFoundError(f"{name}: torchxrayvision is not installed; its wheel carries it (pip install torchxrayvision)")
+        raise FileNotFoundError(f"{name}: torchxrayvision is not installed; its wheel carries it")
     path = Path(package.origin).parent / "data" / name
-    if not path.exists(): raise FileNotFoundError(f"{name}: {path} is missing; reinstall torchxrayvision, whose wheel carries it")
+    if not path.exists():
+        raise FileNotFoundError(f"{name}: {path} is missing; reinstall torchxrayvision, whose wheel carries it")
     return path
 
 # %% ../nbs/21_datasets.ipynb #d9a8cb27
 def _image_files(source, root):
     "File name -> path below root of every PNG or JPEG image in a folder, three levels deep."
     root, found = Path(root), {}
-    if not root.is_dir(): raise _not_the_data_set(source, root, "a folder with its images")
+    if not root.is_dir():
+        raise _not_the_data_set(source, root, "a folder with its images")
     for level in ("*", "*/*", "*/*/*"):
         for path in root.glob(level):
-            if path.suffix.lower() not in (".png", ".jpg", ".jpeg"): continue
-            if path.name in found: raise ValueError(f"{source}: {path.name} is there twice, as {found[path.name]} and {path.relative_to(root).as_posix()}")
-            found[path.name] = path.relative_to(root).as_posix()
-    if not found: raise _not_the_data_set(source, root, "PNG or JPEG images in it or up to three levels below")
+            if path.suffix.lower() not in (".png", ".jpg", ".jpeg"):
+                continue
+            place = path.relative_to(root).as_posix()
+            if path.name in found:
+                raise ValueError(f"{source}: {path.name} is there twice, as {found[path.name]} and {place}")
+            found[path.name] = place
+    if not found:
+        raise _not_the_data_set(source, root, "PNG or JPEG images in it or up to three levels below")
     return found
 
 # %% ../nbs/21_datasets.ipynb #7c95f1a6
@@ -364,13 +379,16 @@ def _with_image_paths(rows, source, root, file_names):
     here, unknown = rows.image_path.notna(), set(files) - set(file_names)
     if not here.any(): raise _not_the_data_set(source, root, f"images named like {file_names.iloc[0]}")
     if not here.all():
-        warnings.warn(f"{source}: {here.sum():,} of the {len(rows):,} images of its table are in {root}; the others are left out, the first is {file_names[~here].iloc[0]}")
-    if unknown: warnings.warn(f"{source}: {len(unknown):,} images in {root} are in no row of its table; the first is {min(unknown)}")
+        count, first = f"{here.sum():,} of the {len(rows):,} images", file_names[~here].iloc[0]
+        warnings.warn(f"{source}: {count} of its table are in {root}; the others are left out, the first is {first}")
+    if unknown:
+        count = f"{len(unknown):,} images in {root}"
+        warnings.warn(f"{source}: {count} are in no row of its table; the first is {min(unknown)}")
     return rows[here]
 
 # %% ../nbs/21_datasets.ipynb #d943dc99
 def read_nih(
-    root: Path | None = None,  # folder of the images, and of a table to use in the packaged one's place; None: the packaged table alone
+    root: Path | None = None,  # folder of the images, and of a table where there is one; None: the packaged table alone
 ) -> pd.DataFrame:  # a cohort table, one row per image
     """Read NIH ChestX-ray14's table and find its images; none is opened.
 
@@ -385,11 +403,16 @@ def read_nih(
     _refuse_duplicates(table, "Image Index", path)
     _refuse_escapes(table["Image Index"], path)
     rows = _labels_from_names(table["Finding Labels"], NIH_FINDINGS, path, unlisted=0.0).assign(
-        image_id=table["Image Index"].str.removesuffix(".png"), patient_id=table["Patient ID"], view=table["View Position"],
-        sex=table[sex], age=_numbers(table["Patient Age"].str.rstrip("Y"), path), official_split=_nih_split(root, table["Image Index"]),
+        image_id=table["Image Index"].str.removesuffix(".png"),
+        patient_id=table["Patient ID"],
+        view=table["View Position"],
+        sex=table[sex],
+        age=_numbers(table["Patient Age"].str.rstrip("Y"), path),
+        official_split=_nih_split(root, table["Image Index"]),
     )
     rows["study_id"] = rows.image_id
-    if root is not None: rows = _with_image_paths(rows, "NIH ChestX-ray14", root, table["Image Index"])
+    if root is not None:
+        rows = _with_image_paths(rows, "NIH ChestX-ray14", root, table["Image Index"])
     return _as_cohort(rows, "NIH ChestX-ray14")
 
 # %% ../nbs/21_datasets.ipynb #ac06f21d
@@ -426,7 +449,9 @@ def _parse_openi(name, content):
 # %% ../nbs/21_datasets.ipynb #4a6a7a23
 def read_openi(
     archive: Path | None = None,  # the .tgz of XML reports; the one in torchxrayvision by default
-) -> pd.DataFrame:  # study_id, report_path, report (text), mesh (list of terms), images (list of ids), sorted by study_id
+) -> (
+    pd.DataFrame
+):  # study_id, report_path, report (text), mesh (list of terms), images (list of ids), sorted by study_id
     """Read all Open-i reports, each as one text with its section headings, and their `major` MeSH terms.
 
     Raises FileNotFoundError without an archive and ValueError for one that is
@@ -436,13 +461,16 @@ def read_openi(
     try:
         with tarfile.open(archive, "r:gz") as tar:
             rows = [_parse_openi(m.name, tar.extractfile(m).read()) for m in tar if m.name.endswith(".xml")]
-    except FileNotFoundError: raise FileNotFoundError(f"Open-i reports: no file {archive}") from None
+    except FileNotFoundError:
+        raise FileNotFoundError(f"Open-i reports: no file {archive}") from None
     except (tarfile.TarError, zlib.error, EOFError, OSError) as error:
         raise ValueError(f"{archive}: not a whole .tgz archive ({error}); download it again") from None
-    if not rows: raise ValueError(f"{archive}: holds no .xml report")
+    if not rows:
+        raise ValueError(f"{archive}: holds no .xml report")
     reports = pd.DataFrame(rows).sort_values("study_id", ignore_index=True)
     twice = reports.study_id[reports.study_id.duplicated()]
-    if len(twice): raise ValueError(f"{archive}: study {twice.iloc[0]} is there twice")
+    if len(twice):
+        raise ValueError(f"{archive}: study {twice.iloc[0]} is there twice")
     return reports
 
 # %% ../nbs/21_datasets.ipynb #5535281c
@@ -481,6 +509,7 @@ def impression_section(
 ) -> str | None:  # one line of text, None where the report has no impression
     "The last impression section with content, else the last conclusion, on one line, without de-identified spans (§2.4)."
     return _last_section(report, _HEADING) or _last_section(report, _CONCLUSION)
+
 
 def _last_section(report, headings):
     found = None
@@ -522,14 +551,21 @@ def labels_from_mesh(
 # %% ../nbs/21_datasets.ipynb #d0b1f9e4
 _NOT_A_FINDING = ("normal", "no indexing", "technical quality of image unsatisfactory")
 
+
 def _other_mesh_terms(terms):
     "Terms that name a finding beyond the fourteen labels, separated by |."
-    return "|".join(t for t in terms if np.isnan(list(labels_from_mesh([t]).values())).all() and t.strip().lower() not in _NOT_A_FINDING)
+    return "|".join(
+        t
+        for t in terms
+        if np.isnan(list(labels_from_mesh([t]).values())).all() and t.strip().lower() not in _NOT_A_FINDING
+    )
 
 # %% ../nbs/21_datasets.ipynb #21ce9806
 def _openi_views():
     "image id -> AP, PA, lateral or blank."
-    said = pd.read_csv(_packaged("nlmcxr_dicom_metadata.csv.gz"), usecols=["imageid", "View Position"], index_col="imageid")
+    said = pd.read_csv(
+        _packaged("nlmcxr_dicom_metadata.csv.gz"), usecols=["imageid", "View Position"], index_col="imageid"
+    )
     guessed = pd.read_csv(_packaged("nlmcxr_tsne_pa.csv.gz"), index_col="imageid")["tsne-view"].replace("L", "lateral")
     view = _plain_view(said["View Position"].fillna(""))
     guessed = guessed.reindex(view.index).fillna("")
@@ -547,7 +583,9 @@ def openi_cohort(
     FileNotFoundError for a folder that is not the data set.
     """
     labels = pd.DataFrame(reports.mesh.map(labels_from_mesh).tolist())
-    rows = reports[["study_id", "report_path"]].assign(patient_id=reports.study_id, other_findings=reports.mesh.map(_other_mesh_terms))
+    rows = reports[["study_id", "report_path"]].assign(
+        patient_id=reports.study_id, other_findings=reports.mesh.map(_other_mesh_terms)
+    )
     rows = pd.concat([rows, labels], axis=1)
     if images is not None:
         rows = rows.assign(image_id=reports.images).explode("image_id", ignore_index=True).dropna(subset="image_id")
@@ -562,7 +600,9 @@ def _folder_table(root):
     if root.suffix == ".csv" and root.is_file(): return root, root.parent
     tables = sorted(root.glob("*.csv")) if root.is_dir() else []
     if not tables: raise _not_the_data_set("plain folder", root, "a CSV file in it")
-    if len(tables) > 1: raise ValueError(f"{root}: holds {len(tables)} CSV files, {tables[0].name} and {tables[1].name} among them; name the one to use")
+    if len(tables) > 1:
+        two = f"{tables[0].name} and {tables[1].name}"
+        raise ValueError(f"{root}: holds {len(tables)} CSV files, {two} among them; name the one to use")
     return tables[0], root
 
 # %% ../nbs/21_datasets.ipynb #81bd301b
@@ -581,7 +621,8 @@ def read_folder(
     needed, known = ["image", "patient_id", "view"], ["study_id", "sex", "age", "report_path"]
     of = {c: label for c in header for label in CHEXPERT_LABELS if slug(c) == slug(label)}
     lists = ["finding_labels"] if "finding_labels" in header else []
-    if not of and not lists: raise ValueError(f"{path}: no labels; add a column finding_labels or one named like {CHEXPERT_LABELS[0]}")
+    if not of and not lists:
+        raise ValueError(f"{path}: no labels; add a column finding_labels or one named like {CHEXPERT_LABELS[0]}")
     table = _read_table(path, [*needed, *(c for c in known if c in header), *lists], list(of))
     _refuse_duplicates(table, "image", path)
     for column in {"image", "report_path"} & set(table): _refuse_escapes(table[column], path)
@@ -592,15 +633,19 @@ def read_folder(
 # %% ../nbs/21_datasets.ipynb #e75168ee
 _FOLDER_FINDINGS = NIH_FINDINGS | {label: label for label in CHEXPERT_LABELS}
 
+
 def _folder_rows(rows, folder, path):
     "What a plain folder leaves open: ids from the file names, a study per image, views and patients checked."
     wrong = ~rows["view"].isin(["AP", "PA", "lateral", ""])
-    if wrong.any(): raise ValueError(f"{path}: row {int(wrong.argmax()) + 2}: view {rows['view'][wrong].iloc[0]!r} is none of AP, PA, lateral, blank")
-    blank = rows.patient_id.str.strip() == ""
-    if blank.any(): raise ValueError(f"{path}: row {int(blank.argmax()) + 2}: patient_id is blank; splits are by patient")
+    _refuse(wrong, path, lambda row: f": view {rows['view'].iloc[row]!r} is none of AP, PA, lateral, blank")
+    _refuse(rows.patient_id.str.strip() == "", path, lambda row: ": patient_id is blank; splits are by patient")
     inside = (folder / "images").is_dir() and not rows.image.str.startswith("images/").any()
-    rows = rows.assign(image_path=("images/" if inside else "") + rows.image, image_id=rows.image.str.replace(r"\.\w+$", "", regex=True))
-    if "age" in rows: rows["age"] = _numbers(rows.age, path)
+    rows = rows.assign(
+        image_path=("images/" if inside else "") + rows.image,
+        image_id=rows.image.str.replace(r"\.\w+$", "", regex=True),
+    )
+    if "age" in rows:
+        rows["age"] = _numbers(rows.age, path)
     return rows if "study_id" in rows else rows.assign(study_id=rows.image_id)
 
 # %% ../nbs/21_datasets.ipynb #2b6fa7a6
@@ -610,33 +655,44 @@ def report_texts(
 ) -> pd.Series:  # one report per row of the cohort, with its index
     "Read the reports a cohort names; raises ValueError for a source without a reader or a report that is not there."
     read = {source: _report_reader(source, rows, places or {}) for source, rows in cohort.groupby("source")}
-    named = tqdm(cohort[["source", "report_path"]].itertuples(), "reading reports", len(cohort), leave=False, disable=len(cohort) < 5000)
-    return pd.Series([_report(read[row.source], row) for row in named], cohort.index, str)
+    rows = cohort[["source", "report_path"]].itertuples()
+    rows = tqdm(rows, "reading reports", len(cohort), leave=False, disable=len(cohort) < 5000)
+    return pd.Series([_report(read[row.source], row) for row in rows], cohort.index, str)
 
 # %% ../nbs/21_datasets.ipynb #4ebf7654
 def _report_reader(source, rows, places):
     "A function that reads a report of a source by its path."
     place = places.get(source)
-    if source == "Open-i": return read_openi(place).set_index("report_path").report.to_dict().__getitem__
-    if place is None: raise ValueError(f"no reader for the reports of source '{source}'; say where its reports are")
-    if source == "MIMIC-CXR": return _mimic_reports(place)
-    if source == "CheXpert": return _chexpert_reports(place, rows.report_path).__getitem__
+    if source == "Open-i":
+        return read_openi(place).set_index("report_path").report.to_dict().__getitem__
+    if place is None:
+        raise ValueError(f"no reader for the reports of source '{source}'; say where its reports are")
+    if source == "MIMIC-CXR":
+        return _mimic_reports(place)
+    if source == "CheXpert":
+        return _chexpert_reports(place, rows.report_path).__getitem__
     return lambda path: (Path(place) / path).read_bytes()
 
+
 def _report(read, row):
-    if not row.report_path: raise ValueError(f"cohort row {row.Index}: {row.source} names no report for it; give the folder of the reports")
+    where = f"cohort row {row.Index}"
+    if not row.report_path:
+        raise ValueError(f"{where}: {row.source} names no report for it; give the folder of the reports")
     try:
         text = read(row.report_path)
         return text if isinstance(text, str) else text.decode()
-    except (KeyError, FileNotFoundError): raise ValueError(f"cohort row {row.Index}: no {row.source} report {row.report_path!r}") from None
-    except UnicodeDecodeError: raise ValueError(f"cohort row {row.Index}: {row.source} report {row.report_path!r} is not UTF-8 text") from None
+    except (KeyError, FileNotFoundError):
+        raise ValueError(f"{where}: no {row.source} report {row.report_path!r}") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"{where}: {row.source} report {row.report_path!r} is not UTF-8 text") from None
 
 # %% ../nbs/21_datasets.ipynb #548a0bf6
 def _chexpert_reports(path, wanted):
     "image path -> report, from CheXpert Plus' table, which is read in pieces."
     found = {}
     try:
-        for piece in pd.read_csv(path, usecols=["path_to_image", "report"], dtype=str, keep_default_na=False, chunksize=20_000):
+        columns = {"usecols": ["path_to_image", "report"], "dtype": str, "keep_default_na": False}
+        for piece in pd.read_csv(path, chunksize=20_000, **columns):
             paths = piece.path_to_image.str.extract(r"((?:train|valid)/.*)$")[0]
             here = paths.isin(wanted) & (piece.report != "")
             found |= dict(zip(paths[here], piece.report[here]))
@@ -654,8 +710,7 @@ LABEL_POLICIES = {  # name -> (what -1 becomes, what a blank becomes)
 
 # %% ../nbs/21_datasets.ipynb #821b182f
 def apply_label_policy(
-    labels: pd.DataFrame,  # raw labels: 1, 0, -1 or NaN
-    policy: str,  # a key of LABEL_POLICIES
+    labels: pd.DataFrame, policy: str  # raw labels: 1, 0, -1 or NaN  # a key of LABEL_POLICIES
 ) -> pd.DataFrame:  # 1, 0 or NaN
     "Resolve uncertain and missing labels; raises ValueError for an unknown policy or a label that is none."
     if policy not in LABEL_POLICIES:
@@ -689,7 +744,8 @@ def with_splits(
 ) -> pd.DataFrame:  # the same with `split` filled
     "Put each patient of a cohort, with all images and studies, into one of SPLITS."
     number = hash_uniform(cohort.source + "/" + cohort.patient_id, seed, "split")
-    return cohort.assign(split=np.array(list(SPLITS))[np.searchsorted(np.cumsum([*SPLITS.values()])[:-1], number, side="right")])
+    at = np.searchsorted(np.cumsum([*SPLITS.values()])[:-1], number, side="right")
+    return cohort.assign(split=np.array([*SPLITS])[at])
 
 # %% ../nbs/21_datasets.ipynb #6adc8349
 def sample_frontal(
@@ -697,10 +753,11 @@ def sample_frontal(
     n: int = 1000,  # images
     seed: int = 0,  # of the choice
 ) -> pd.DataFrame:  # n rows, in the cohort's order
-    "Sample AP and PA images (§2.1); raises ValueError where there are fewer than n. Images of unknown view are never taken."
+    "Sample AP and PA images, never those of unknown view (§2.1); raises ValueError where there are fewer than n."
     frontal = cohort[cohort["view"].isin(["AP", "PA"])]
     if not 0 < n <= len(frontal):
-        raise ValueError(f"{n:,} of {', '.join(cohort.source.unique())}'s {len(frontal):,} frontal images asked for; lower sample_size")
+        there = f"{', '.join(cohort.source.unique())}'s {len(frontal):,} frontal images"
+        raise ValueError(f"{n:,} of {there} asked for; lower sample_size")
     number = hash_uniform(frontal.source + "/" + frontal.image_id, seed, "sample")
     return frontal.iloc[np.sort(np.argsort(number, kind="stable")[:n])].reset_index(drop=True)
 
@@ -711,9 +768,12 @@ def image_paths(
 ) -> list[Path]:
     "Where the images of a cohort lie; raises ValueError for a source without a folder or a row without an image."
     unknown = set(cohort.source) - set(roots)
-    if unknown: raise ValueError(f"no folder for the images of source '{min(unknown)}'; there is one for {', '.join(roots) or 'none'}")
+    if unknown:
+        there = ", ".join(roots) or "none"
+        raise ValueError(f"no folder for the images of source '{min(unknown)}'; there is one for {there}")
     blank = cohort.image_path == ""
-    if blank.any(): raise ValueError(f"cohort row {cohort.index[blank][0]}: names no image; its data set was read without images")
+    if blank.any():
+        raise ValueError(f"cohort row {cohort.index[blank][0]}: names no image; its data set was read without images")
     return [Path(roots[source]) / path for source, path in zip(cohort.source, cohort.image_path)]
 
 # %% ../nbs/21_datasets.ipynb #c336888d
@@ -741,9 +801,9 @@ class CohortImages:
 # %% ../nbs/21_datasets.ipynb #20e34aeb
 CONCEPTS = {"no finding": "No Finding", "pleural effusion": "Pleural Effusion"}  # concept -> its only label
 
+
 def only_finding(
-    cohort: pd.DataFrame,  # a cohort table
-    label: str,  # one of CHEXPERT_LABELS
+    cohort: pd.DataFrame, label: str  # a cohort table  # one of CHEXPERT_LABELS
 ) -> pd.Series:  # True where the label is positive and nothing else is, or may be
     "Rows whose sole finding is a label: no other is positive or uncertain, and no finding beyond the fourteen is named."
     others = cohort[[c for c in CHEXPERT_LABELS if c != label]]
@@ -766,7 +826,9 @@ def few_shot_candidates(
     pool = pool.iloc[order].drop_duplicates(["source", "patient_id"])
     found = [_judged(pool[only_finding(pool, label)], concept, roots, 3 * n) for concept, label in CONCEPTS.items()]
     for concept, rows in zip(CONCEPTS, found):
-        if (passed := (rows.excluded == "").sum()) < n: raise ValueError(f"few-shot images: {passed} of {len(rows)} for '{concept}' pass, {n} are needed; lower few_shot or take another few_shot_source")
+        if (passed := (rows.excluded == "").sum()) < n:
+            count = f"{passed} of {len(rows)} for '{concept}' pass, {n} are needed"
+            raise ValueError(f"few-shot images: {count}; lower few_shot or take another few_shot_source")
     rows = pd.concat(found, ignore_index=True)
     passes = rows.excluded == ""
     rows["chosen"] = (passes & (passes.groupby(rows.concept).cumsum() <= n)).astype(int)
@@ -797,10 +859,9 @@ def read_few_shot_choice(
     checks = (
         (~table.concept.isin(CONCEPTS), f"its concept is none of {', '.join(CONCEPTS)}"),
         (~table.chosen.isin(["0", "1"]), "chosen is neither 1 nor 0"),
-        (pd.Series(at < 0), f"no such image in {', '.join(cohort.source.unique())}"),
+        (at < 0, f"no such image in {', '.join(cohort.source.unique())}"),
     )
-    for wrong, why in checks:
-        if wrong.any(): raise ValueError(f"{path}: row {int(wrong.argmax()) + 2} ({table.image_id[wrong].iloc[0]}): {why}")
+    for wrong, why in checks: _refuse(wrong, path, lambda row: f" ({table.image_id[row]}): {why}")
     rows = cohort.iloc[at[table.chosen == "1"]].reset_index(drop=True)
     rows.insert(0, "concept", table.concept[table.chosen == "1"].to_numpy())
     return _sound_choice(rows, path)
@@ -810,8 +871,11 @@ def _sound_choice(rows, path):
     absent = [c for c in CONCEPTS if c not in set(rows.concept)]
     if absent: raise ValueError(f"{path}: no image is chosen for '{absent[0]}'")
     twice, elsewhere = rows.patient_id.duplicated(), rows.split != "train"
-    if twice.any(): raise ValueError(f"{path}: patient {rows.patient_id[twice].iloc[0]} is chosen twice; one image per patient")
-    if elsewhere.any(): raise ValueError(f"{path}: {rows.image_id[elsewhere].iloc[0]} is of a patient in the {rows.split[elsewhere].iloc[0]} split; choose from train")
+    if twice.any():
+        raise ValueError(f"{path}: patient {rows.patient_id[twice].iloc[0]} is chosen twice; one image per patient")
+    if elsewhere.any():
+        row = rows[elsewhere].iloc[0]
+        raise ValueError(f"{path}: {row.image_id} is of a patient in the {row.split} split; choose from train")
     return rows
 
 # %% ../nbs/21_datasets.ipynb #6938407f
@@ -821,7 +885,8 @@ def _text_column(path, schema):
     name = names.get("text") or names.get("caption")
     if name is None: raise ValueError(f"{path}: no column TEXT or caption; it has {', '.join(schema.names)}")
     kind = schema.field(name).type
-    if not any(word in str(kind) for word in ("string", "binary")): raise ValueError(f"{path}: column '{name}' holds {kind}, not text")
+    if not any(word in str(kind) for word in ("string", "binary")):
+        raise ValueError(f"{path}: column '{name}' holds {kind}, not text")
     return name
 
 # %% ../nbs/21_datasets.ipynb #148b3f35
@@ -862,16 +927,22 @@ def sample_captions(
     or has no text column, or where fewer than n captions are found.
     """
     parts = sorted(Path(folder).rglob("*.parquet"), key=lambda p: p.relative_to(folder).as_posix())
-    if not parts: raise _not_the_data_set("LAION-400M", folder, "*.parquet in it or below")
+    if not parts:
+        raise _not_the_data_set("LAION-400M", folder, "*.parquet in it or below")
     held, size, threshold, counts = [], 0, 1.0, dict.fromkeys(("rows", "null", "not UTF-8", "blank"), 0)
     for number, row, part, text, caption, null, broken in _numbered_rows(parts, seed, batch_size):
-        counts = {k: v + int(c) for (k, v), c in zip(counts.items(), (len(row), null.sum(), broken.sum(), (~caption & ~null & ~broken).sum()))}
+        blank = ~(caption | null | broken)
+        for reason, count in zip(counts, (len(row), null.sum(), broken.sum(), blank.sum())):
+            counts[reason] += int(count)
         take = np.flatnonzero(caption & (number < threshold))
         held.append((number[take], row[take], np.full(len(take), part), text.take(take)))
         size += len(take)
-        if size > 2 * n: held, threshold = _smallest(held, n); size = n
-    if size < n: raise ValueError(f"LAION-400M: {folder} has {size:,} captions, {n:,} were asked for; lower captions")
-    (_, row, part, text), = _smallest(held, n)[0]
+        if size > 2 * n:
+            held, threshold = _smallest(held, n)
+            size = n
+    if size < n:
+        raise ValueError(f"LAION-400M: {folder} has {size:,} captions, {n:,} were asked for; lower captions")
+    ((_, row, part, text),) = _smallest(held, n)[0]
     names = np.array([p.relative_to(folder).as_posix() for p in parts])
     return pd.DataFrame({"part": names[part], "row": row, "caption": text.to_pandas()}), counts
 
@@ -888,7 +959,8 @@ def _numbered_rows(parts, seed, batch_size):
                 yield rng.random(len(text)), np.arange(start, start + len(text)), part, text, caption, null, broken
                 start += len(text)
         except (pa.ArrowException, OSError) as error:
-            raise ValueError(f"{path}: not a whole parquet file ({' '.join(str(error).split())}); download it again") from None
+            why = " ".join(str(error).split())
+            raise ValueError(f"{path}: not a whole parquet file ({why}); download it again") from None
 
 # %% ../nbs/21_datasets.ipynb #7a367856
 def single_label(
@@ -978,6 +1050,7 @@ def named_folders(
     for text in folders:
         name, _, place = (part.strip() for part in text.partition("="))
         if not name or not place: raise ValueError(f"folders: {text!r} is not of the form Name=folder")
-        if slug(name) in {slug(n) for n in (*RESTRICTED, "Open-i", "NIH ChestX-ray14", *found)}: raise ValueError(f"folders: the name {name!r} is taken")
+        taken = {slug(n) for n in (*RESTRICTED, "Open-i", "NIH ChestX-ray14", *found)}
+        if slug(name) in taken: raise ValueError(f"folders: the name {name!r} is taken")
         found[name] = find_path(place)
     return found
