@@ -52,9 +52,11 @@ _NUMBERS = ["age", *CHEXPERT_LABELS]
 def read_cohort(
     path: Path,  # a CSV file written by this notebook
 ) -> pd.DataFrame:
-    "Read a cohort table; ids and paths stay text, labels are numbers; raises ValueError for a missing column."
+    "Read a cohort table; ids and paths stay text, labels are numbers; raises ValueError for what is no cohort table."
     text = {c: str for c in COHORT_COLUMNS if c not in _NUMBERS}
-    cohort = pd.read_csv(path, dtype=text, keep_default_na=False, na_values={c: [""] for c in _NUMBERS})
+    try: cohort = pd.read_csv(path, dtype=text, keep_default_na=False, na_values={c: [""] for c in _NUMBERS})
+    except (ValueError, IsADirectoryError) as error:
+        raise ValueError(f"{path}: not a cohort table ({' '.join(str(error).split())})") from None
     missing = [c for c in COHORT_COLUMNS if c not in cohort]
     if missing: raise ValueError(f"{path}: not a cohort table, column '{missing[0]}' is missing")
     return cohort
@@ -64,7 +66,7 @@ def _as_cohort(rows, source):
     "Rows as a cohort table: columns not given are blank, and the order is that of the ids, not of the files."
     blank = {c: np.nan if c in _NUMBERS else "" for c in COHORT_COLUMNS if c not in rows}
     return rows.assign(**blank | {"source": source})[COHORT_COLUMNS].sort_values(
-        ["study_id", "image_id"], ignore_index=True
+        ["study_id", "image_id", "image_path"], ignore_index=True
     )
 
 # %% ../nbs/21_datasets.ipynb #784666e8
@@ -81,7 +83,7 @@ def _table_errors(path):
 def _header(path):
     "The column names of a CSV file."
     with _table_errors(path), pa.csv.open_csv(path, _ONE_THREAD) as reader: names = reader.schema.names
-    twice = [name for name in names if names.count(name) > 1]
+    twice = [name for name in names if name and names.count(name) > 1]
     if twice: raise ValueError(f"{path}: column '{twice[0]}' is there twice")
     return names
 
@@ -90,13 +92,16 @@ def _read_table(path, columns, labels=()):
     "Columns of a CSV file as text, label columns as numbers; blank text stays blank, a field too many stops it."
     names = _header(path)
     missing = [c for c in (*columns, *labels) if c not in names]
-    if missing: raise ValueError(f"{path}: column '{missing[0]}' is missing; it has {', '.join(names)}")
+    if missing:
+        hint = "; separate columns by commas" if len(names) == 1 and ";" in names[0] else ""
+        raise ValueError(f"{path}: column '{missing[0]}' is missing; it has {', '.join(names)}{hint}")
     # as categories, 14 labels of 227,827 studies are looked at in no time
     kinds = dict.fromkeys(columns, pa.string()) | dict.fromkeys(labels, pa.dictionary(pa.int32(), pa.string()))
     convert = pa.csv.ConvertOptions(column_types=kinds, include_columns=list(kinds), strings_can_be_null=False)
     with _table_errors(path):
         table = pa.csv.read_csv(path, _ONE_THREAD, pa.csv.ParseOptions(newlines_in_values=True), convert).to_pandas()
     if table.empty: raise ValueError(f"{path}: has a header and no rows")
+    table[list(columns)] = table[list(columns)].apply(lambda column: column.str.strip())  # "p7 " is p7
     return table.assign(**{label: _label_values(table[label], path) for label in labels})
 
 # %% ../nbs/21_datasets.ipynb #14f93110
@@ -132,11 +137,19 @@ def _refuse_escapes(paths, path):
     _refuse(leaving, path, lambda row: f": path {paths.iloc[row]!r} leads out of the data set's folder")
 
 # %% ../nbs/21_datasets.ipynb #016a660e
+def _refuse_bad_ids(table, columns, path):
+    "Ids become parts of paths: they are not blank and hold nothing but letters, digits, points, dashes and underscores."
+    for name in columns:
+        wrong = ~table[name].str.fullmatch(r"\w[\w.\-]*")
+        _refuse(wrong, path, lambda row: f", column '{name}': {table[name].iloc[row]!r} is no id")
+
+
 def _numbers(column, path):
     "A column of text as numbers, blank as NaN."
     given = column.str.strip() != ""
     values = pd.to_numeric(column.where(given), errors="coerce")
-    _refuse(values.isna() & given, path, lambda row: f", column '{column.name}': {column.iloc[row]!r} is no number")
+    wrong = given & ~values.between(0, 1e6)
+    _refuse(wrong, path, lambda row: f", column '{column.name}': {column.iloc[row]!r} is no number from 0 on")
     return values
 
 # %% ../nbs/21_datasets.ipynb #31d3bb4e
@@ -156,7 +169,9 @@ def _rows(path):
 
 # %% ../nbs/21_datasets.ipynb #7d17618a
 def _not_the_data_set(source, root, looked_for):
-    there = "there is no such folder" if not Path(root).is_dir() else "it is another folder"
+    there = (
+        "it is another folder" if Path(root).is_dir() else "it is a file" if Path(root).exists() else "it is not there"
+    )
     return FileNotFoundError(f"{source}: {root} is not the data set ({there}); looked for {looked_for}")
 
 # %% ../nbs/21_datasets.ipynb #5a6f7377
@@ -166,16 +181,30 @@ _BATCH_1 = "CheXpert-v1.0 batch 1 (validate & csv)"
 
 def _chexpert_tables(root):
     "Folder with train.csv, and a function from (split, patient) to the folder of a patient's studies, both below root."
-    for folder in (root, root / "CheXpert-v1.0-small", root / "CheXpert-v1.0"):
-        if (folder / "train.csv").is_file():
-            prefix = os.path.relpath(folder, root) + "/" if folder != root else ""
-            return folder, lambda split, patient: prefix + split + "/" + patient
-    if not (root / _BATCH_1 / "train.csv").is_file():
-        names = "CheXpert-v1.0-small/, CheXpert-v1.0/"
-        raise _not_the_data_set("CheXpert", root, f"train.csv in it, in {names} and in '{_BATCH_1}/'")
-    places = [p for p in (root / _BATCH_1 / "valid", *root.glob("CheXpert-v1.0 batch *")) if p.is_dir()]
-    of = {p.name: os.path.relpath(p, root) for place in places for p in os.scandir(place) if p.is_dir()}
-    return root / _BATCH_1, lambda split, patient: patient.map(of)
+    folders = [root, root / "CheXpert-v1.0-small", root / "CheXpert-v1.0", root / _BATCH_1]
+    tables = next((folder for folder in folders if (folder / "train.csv").is_file()), None)
+    images = next((folder for folder in folders[:3] if (folder / "train").is_dir()), None)
+    batches = [p for p in sorted(root.glob("CheXpert-v1.0 batch *")) if p.is_dir()]
+    if tables is None or not (images or batches):
+        looked_for = (
+            f"train.csv in it, in CheXpert-v1.0-small/, CheXpert-v1.0/ or '{_BATCH_1}/', and train/ or the batches"
+        )
+        raise _not_the_data_set("CheXpert", root, looked_for)
+    if images:
+        prefix = "" if images == root else images.name + "/"
+        return tables, lambda split, patient: prefix + split + "/" + patient
+    return tables, lambda split, patient: patient.map(_patient_folders(root, batches))
+
+# %% ../nbs/21_datasets.ipynb #cd1416ea
+def _patient_folders(root, batches):
+    "Patient -> folder below root, from the four batches; refuses a patient who is in two."
+    found = {}
+    for place in [p for batch in batches for p in (batch, batch / "valid", batch / "train") if p.is_dir()]:
+        for patient in sorted(p.name for p in os.scandir(place) if p.is_dir() and p.name.startswith("patient")):
+            if patient in found:
+                raise ValueError(f"CheXpert: {patient} is in '{found[patient]}' and in '{place.name}'; keep one")
+            found[patient] = place.relative_to(root).as_posix() + "/" + patient
+    return found
 
 # %% ../nbs/21_datasets.ipynb #2cff250e
 def read_chexpert(
@@ -210,15 +239,25 @@ def _read_chexpert_table(path, columns, place):
     ids = table.Path.str.extract(_CHEXPERT_PATH)
     like = "CheXpert-v1.0/train/patient00001/study1/view1_frontal.jpg"
     _refuse(ids.view.isna(), path, lambda row: f": path {table.Path.iloc[row]!r} is not like {like}")
+    for column, known in (("Frontal/Lateral", ["Frontal", "Lateral"]), ("AP/PA", ["AP", "PA", "LL", "RL", ""])):
+        wrong = ~table[column].isin(known)
+        _refuse(
+            wrong, path, lambda row: f", column '{column}': {table[column].iloc[row]!r} is none of {', '.join(known)}"
+        )
     folders = place(ids.split, ids.patient)
     _refuse(folders.isna(), path, lambda row: f": {ids.patient.iloc[row]} is in none of the batches; unpack all four")
     tail = ids.study + "/" + table.Path.str.rpartition("/")[2]
     study = ids.patient + "_" + ids.study
     return table[CHEXPERT_LABELS].assign(
-        study_id=study, image_id=study + "_" + ids.view, patient_id=ids.patient, official_split=ids.split,
+        study_id=study,
+        image_id=study + "_" + ids.view,
+        patient_id=ids.patient,
+        official_split=ids.split,
         view=table["AP/PA"].where(table["Frontal/Lateral"] == "Frontal", "lateral"),
-        sex=table.Sex.map({"Male": "M", "Female": "F"}).fillna(""), age=_numbers(table.Age, path),
-        image_path=folders + "/" + tail, report_path=ids.split + "/" + ids.patient + "/" + tail,
+        sex=table.Sex.map({"Male": "M", "Female": "F"}).fillna(""),
+        age=_numbers(table.Age, path),
+        image_path=folders + "/" + tail,
+        report_path=ids.split + "/" + ids.patient + "/" + tail,
     )
 
 # %% ../nbs/21_datasets.ipynb #f39544c4
@@ -250,6 +289,7 @@ def read_mimic_cxr(
     root = Path(root)
     path = _mimic_table(root, "metadata")
     images = _read_table(path, ["dicom_id", "subject_id", "study_id", "ViewPosition"])
+    _refuse_bad_ids(images, ["dicom_id", "subject_id", "study_id"], path)
     _refuse_duplicates(images, "dicom_id", path)
     labels = _study_labels(_mimic_table(root, "chexpert"))
     images, at = _labelled(images, labels, path)
@@ -266,7 +306,7 @@ def read_mimic_cxr(
 # %% ../nbs/21_datasets.ipynb #85ac9b59
 def _plain_view(views):
     "AP and PA as they are, all names of a lateral view as one, blank for the rest of what is blank."
-    return views.str.strip().replace({name: "lateral" for name in ("LATERAL", "LL", "RL", "LARGE LATERAL")})
+    return views.str.strip().str.upper().replace({name: "lateral" for name in ("LATERAL", "LL", "RL", "LARGE LATERAL")})
 
 def _official_split(root, dicom_ids):
     path = _mimic_table(root, "split", required=False)
@@ -295,12 +335,14 @@ def _labelled(images, labels, path):
 def _compare_labelers(labels, negbio):
     "Warn of studies that NegBio labels otherwise."
     if negbio is None: return
-    other = _study_labels(negbio)[CHEXPERT_LABELS].reindex(labels.index)
-    ours, theirs = labels[CHEXPERT_LABELS].to_numpy(), other.to_numpy()
+    other = _study_labels(negbio)[CHEXPERT_LABELS]
+    labels = labels.loc[labels.index.isin(other.index)]
+    ours, theirs = labels[CHEXPERT_LABELS].to_numpy(), other.loc[labels.index].to_numpy()
     differ = (ours != theirs) & ~(np.isnan(ours) & np.isnan(theirs))
     if differ.any():
         row, column = (int(i[0]) for i in np.nonzero(differ))
-        first = f"s{labels.index[row]}, {CHEXPERT_LABELS[column]} {ours[row, column]:g} there {theirs[row, column]:g}"
+        one, two = ("blank" if np.isnan(v) else f"{v:g}" for v in (ours[row, column], theirs[row, column]))
+        first = f"s{labels.index[row]}, {CHEXPERT_LABELS[column]} {one}, there {two}"
         warnings.warn(
             f"MIMIC-CXR: {negbio.name} has other labels for {differ.any(axis=1).sum():,} of {len(labels):,} studies; "
             f"the CheXpert labeler's are used; the first is {first}"
@@ -312,11 +354,18 @@ def _mimic_reports(place):
     place = Path(place)
     if zipfile.is_zipfile(place):
         archive = zipfile.ZipFile(place)
-        names = {name[name.find("files/") :]: name for name in archive.namelist() if name.endswith(".txt")}
-        return lambda path: archive.read(names[path])
+        members = [name for name in archive.namelist() if name.endswith(".txt") and "files/" in name]
+        names = {name[name.find("files/") :]: name for name in members}
+        if len(names) < len(members):
+            raise ValueError(f"{place}: holds the same report in two folders; keep one")
+        if names:
+            return lambda path: archive.read(names[path])
     for folder in (place, place / "mimic-cxr-reports"):
-        if (folder / "files").is_dir(): return lambda path: (folder / path).read_bytes()
-    raise _not_the_data_set("MIMIC-CXR's reports", place, "mimic-cxr-reports.zip, files/ or mimic-cxr-reports/files/")
+        if (folder / "files").is_dir():
+            return lambda path: (folder / path).read_bytes()
+    raise _not_the_data_set(
+        "MIMIC-CXR's reports", place, "a whole zip file of reports, files/ or mimic-cxr-reports/files/"
+    )
 
 # %% ../nbs/21_datasets.ipynb #17f6d176
 NIH_FINDINGS = {  # name in the table -> label, None where there is none for it
@@ -361,8 +410,7 @@ def _image_files(source, root):
         raise _not_the_data_set(source, root, "a folder with its images")
     for level in ("*", "*/*", "*/*/*"):
         for path in root.glob(level):
-            if path.suffix.lower() not in (".png", ".jpg", ".jpeg"):
-                continue
+            if path.suffix.lower() not in (".png", ".jpg", ".jpeg") or path.name.startswith("."): continue
             place = path.relative_to(root).as_posix()
             if path.name in found:
                 raise ValueError(f"{source}: {path.name} is there twice, as {found[path.name]} and {place}")
@@ -400,12 +448,16 @@ def read_nih(
     path = (root and _one_table(Path(root), *table_names)) or _packaged("Data_Entry_2017_v2020.csv.gz")
     sex = "Patient Sex" if "Patient Sex" in _header(path) else "Patient Gender"  # renamed in 2020
     table = _read_table(path, ["Image Index", "Finding Labels", "Patient ID", "Patient Age", sex, "View Position"])
-    _refuse_duplicates(table, "Image Index", path)
     _refuse_escapes(table["Image Index"], path)
+    _refuse_bad_ids(table, ["Image Index", "Patient ID"], path)
+    _refuse_duplicates(table, "Image Index", path)
+    views = _plain_view(table["View Position"])
+    _refuse(~views.isin(["AP", "PA"]), path, lambda row: f": view {views.iloc[row]!r} is neither AP nor PA")
+    _refuse(table["Finding Labels"] == "", path, lambda row: ": no finding is listed, not even No Finding")
     rows = _labels_from_names(table["Finding Labels"], NIH_FINDINGS, path, unlisted=0.0).assign(
         image_id=table["Image Index"].str.removesuffix(".png"),
         patient_id=table["Patient ID"],
-        view=table["View Position"],
+        view=views,
         sex=table[sex],
         age=_numbers(table["Patient Age"].str.rstrip("Y"), path),
         official_split=_nih_split(root, table["Image Index"]),
@@ -421,7 +473,12 @@ def _nih_split(root, image_names):
     split = pd.Series("", index=image_names)
     for name in ("train_val", "test"):
         path = root and Path(root) / f"{name}_list.txt"
-        if path and path.is_file(): split[split.index.isin(path.read_text().split())] = name
+        if not (path and path.is_file()):
+            continue
+        listed = split.index.isin(path.read_text(errors="replace").split())
+        if (listed & (split != "")).any():
+            raise ValueError(f"{path}: {split.index[listed & (split != '')][0]} is in both lists")
+        split[listed] = name
     return split.to_numpy()
 
 # %% ../nbs/21_datasets.ipynb #b9e233f3
@@ -597,8 +654,8 @@ def openi_cohort(
 def _folder_table(root):
     "The one CSV of a folder, and the folder."
     root = Path(root)
-    if root.suffix == ".csv" and root.is_file(): return root, root.parent
-    tables = sorted(root.glob("*.csv")) if root.is_dir() else []
+    if root.suffix.lower() == ".csv" and root.is_file(): return root, root.parent
+    tables = [p for p in sorted(root.glob("*")) if p.suffix.lower() == ".csv" and not p.name.startswith(".")]
     if not tables: raise _not_the_data_set("plain folder", root, "a CSV file in it")
     if len(tables) > 1:
         two = f"{tables[0].name} and {tables[1].name}"
@@ -623,11 +680,17 @@ def read_folder(
     lists = ["finding_labels"] if "finding_labels" in header else []
     if not of and not lists:
         raise ValueError(f"{path}: no labels; add a column finding_labels or one named like {CHEXPERT_LABELS[0]}")
+    if of and lists:
+        raise ValueError(f"{path}: has finding_labels and column '{next(iter(of))}'; keep one kind of labels")
+    if len(set(of.values())) < len(of):
+        raise ValueError(f"{path}: two columns have the same label among {', '.join(of)}")
     table = _read_table(path, [*needed, *(c for c in known if c in header), *lists], list(of))
     _refuse_duplicates(table, "image", path)
-    for column in {"image", "report_path"} & set(table): _refuse_escapes(table[column], path)
+    for column in {"image", "report_path"} & set(table):
+        _refuse_escapes(table[column], path)
     rows = table.rename(columns=of)
-    if not of: rows = rows.join(_labels_from_names(table.finding_labels, _FOLDER_FINDINGS, path, unlisted=np.nan))
+    if not of:
+        rows = rows.join(_labels_from_names(table.finding_labels, _FOLDER_FINDINGS, path, unlisted=np.nan))
     return _as_cohort(_folder_rows(rows, folder, path), source)
 
 # %% ../nbs/21_datasets.ipynb #e75168ee
@@ -638,15 +701,16 @@ def _folder_rows(rows, folder, path):
     "What a plain folder leaves open: ids from the file names, a study per image, views and patients checked."
     wrong = ~rows["view"].isin(["AP", "PA", "lateral", ""])
     _refuse(wrong, path, lambda row: f": view {rows['view'].iloc[row]!r} is none of AP, PA, lateral, blank")
-    _refuse(rows.patient_id.str.strip() == "", path, lambda row: ": patient_id is blank; splits are by patient")
-    inside = (folder / "images").is_dir() and not rows.image.str.startswith("images/").any()
-    rows = rows.assign(
-        image_path=("images/" if inside else "") + rows.image,
-        image_id=rows.image.str.replace(r"\.\w+$", "", regex=True),
-    )
-    if "age" in rows:
-        rows["age"] = _numbers(rows.age, path)
-    return rows if "study_id" in rows else rows.assign(study_id=rows.image_id)
+    for column, why in (("patient_id", "; splits are by patient"), ("image", "")):
+        _refuse(rows[column] == "", path, lambda row: f": {column} is blank{why}")
+    beside, inside = ({p.name for p in place.glob("*")} for place in (folder, folder / "images"))
+    first = rows.image.str.partition("/")[0]
+    rows["image_path"] = np.where(first.isin(inside - beside), "images/" + rows.image, rows.image)
+    rows["image_id"] = rows.image.str.replace(r"(?i)\.(?:png|jpe?g)$", "", regex=True)
+    _refuse_duplicates(rows[["image_id", "image"]], "image_id", path)
+    if "age" in rows: rows["age"] = _numbers(rows.age, path)
+    if "study_id" not in rows: rows["study_id"] = ""
+    return rows.assign(study_id=rows.study_id.where(rows.study_id != "", rows.image_id))
 
 # %% ../nbs/21_datasets.ipynb #2b6fa7a6
 def report_texts(
@@ -680,9 +744,11 @@ def _report(read, row):
         raise ValueError(f"{where}: {row.source} names no report for it; give the folder of the reports")
     try:
         text = read(row.report_path)
-        return text if isinstance(text, str) else text.decode()
-    except (KeyError, FileNotFoundError):
-        raise ValueError(f"{where}: no {row.source} report {row.report_path!r}") from None
+        text = text if isinstance(text, str) else text.decode("utf-8-sig")
+        return "\n".join(text.splitlines())  # line ends of any system
+    except (KeyError, OSError, zipfile.BadZipFile, zlib.error) as error:
+        why = "" if isinstance(error, KeyError | FileNotFoundError) else f" ({error})"
+        raise ValueError(f"{where}: no {row.source} report {row.report_path!r}{why}") from None
     except UnicodeDecodeError:
         raise ValueError(f"{where}: {row.source} report {row.report_path!r} is not UTF-8 text") from None
 
@@ -695,7 +761,8 @@ def _chexpert_reports(path, wanted):
         for piece in pd.read_csv(path, chunksize=20_000, **columns):
             paths = piece.path_to_image.str.extract(r"((?:train|valid)/.*)$")[0]
             here = paths.isin(wanted) & (piece.report != "")
-            found |= dict(zip(paths[here], piece.report[here]))
+            for image, report in zip(paths[here], piece.report[here]):
+                if found.setdefault(image, report) != report: raise ValueError(f"it has two reports of {image}")
     except (ValueError, OSError) as error:
         raise ValueError(f"{path}: not CheXpert Plus' table of reports ({' '.join(str(error).split())})") from None
     return found
@@ -862,9 +929,12 @@ def read_few_shot_choice(
         (at < 0, f"no such image in {', '.join(cohort.source.unique())}"),
     )
     for wrong, why in checks: _refuse(wrong, path, lambda row: f" ({table.image_id[row]}): {why}")
-    rows = cohort.iloc[at[table.chosen == "1"]].reset_index(drop=True)
-    rows.insert(0, "concept", table.concept[table.chosen == "1"].to_numpy())
-    return _sound_choice(rows, path)
+    chosen, rows = table.chosen == "1", cohort.iloc[at].reset_index(drop=True)
+    others = np.array([row[CONCEPTS[concept]] != 1 for concept, (_, row) in zip(table.concept, rows.iterrows())])
+    _refuse(chosen & others, path, lambda row: f" ({table.image_id[row]}): not labelled {CONCEPTS[table.concept[row]]}")
+    _refuse(chosen & ~rows["view"].isin(["AP", "PA"]), path, lambda row: f" ({table.image_id[row]}): no frontal image")
+    rows.insert(0, "concept", table.concept)
+    return _sound_choice(rows[chosen].reset_index(drop=True), path)
 
 # %% ../nbs/21_datasets.ipynb #450d4d39
 def _sound_choice(rows, path):
@@ -881,11 +951,13 @@ def _sound_choice(rows, path):
 # %% ../nbs/21_datasets.ipynb #6938407f
 def _text_column(path, schema):
     "The column of a parquet file that holds the captions."
-    names = {name.lower(): name for name in schema.names}
-    name = names.get("text") or names.get("caption")
-    if name is None: raise ValueError(f"{path}: no column TEXT or caption; it has {', '.join(schema.names)}")
+    found = [name for wanted in ("text", "caption") for name in schema.names if name.lower() == wanted]
+    if not found: raise ValueError(f"{path}: no column TEXT or caption; it has {', '.join(schema.names)}")
+    name = found[0]
+    if schema.names.count(name) > 1: raise ValueError(f"{path}: column '{name}' is there twice")
     kind = schema.field(name).type
-    if not any(word in str(kind) for word in ("string", "binary")):
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    if str(kind).removeprefix("large_").removesuffix("_view") not in ("string", "binary"):
         raise ValueError(f"{path}: column '{name}' holds {kind}, not text")
     return name
 
@@ -926,7 +998,9 @@ def sample_captions(
     for a folder without parquet files and ValueError for a file that is broken
     or has no text column, or where fewer than n captions are found.
     """
-    parts = sorted(Path(folder).rglob("*.parquet"), key=lambda p: p.relative_to(folder).as_posix())
+    parts = [p for p in Path(folder).rglob("*") if p.suffix.lower() == ".parquet" and not p.name.startswith(".")]
+    parts.sort(key=lambda p: p.relative_to(folder).as_posix())
+    if n < 1: raise ValueError(f"LAION-400M: {n} captions were asked for; captions must be at least 1")
     if not parts:
         raise _not_the_data_set("LAION-400M", folder, "*.parquet in it or below")
     held, size, threshold, counts = [], 0, 1.0, dict.fromkeys(("rows", "null", "not UTF-8", "blank"), 0)
@@ -1052,5 +1126,7 @@ def named_folders(
         if not name or not place: raise ValueError(f"folders: {text!r} is not of the form Name=folder")
         taken = {slug(n) for n in (*RESTRICTED, "Open-i", "NIH ChestX-ray14", *found)}
         if slug(name) in taken: raise ValueError(f"folders: the name {name!r} is taken")
+        if not slug(name) or re.match(r"(text|few_shot|captions|sources)|.*_(sample|problems)$", slug(name)):
+            raise ValueError(f"folders: {name!r} cannot name files beside the others in cohorts/; take another name")
         found[name] = find_path(place)
     return found

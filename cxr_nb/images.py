@@ -37,6 +37,17 @@ def _refusal(image):
     if image.mode not in _READ: return _INSTEAD.get(image.mode, f"has mode {image.mode}; save it as 8-bit grey")
     return ""
 
+# %% ../nbs/02_images.ipynb #61f65d7e
+def _decoded(path):
+    "An image with its pixels, or why it is refused."
+    with Image.open(path, formats=("PNG", "JPEG")) as image:
+        if reason := _refusal(image): return None, reason
+        image.verify()  # a PNG's checksums, which decoding does not look at
+    with Image.open(path, formats=("PNG", "JPEG")) as image:
+        hidden = image.has_transparency_data and image.convert("RGBA").getchannel("A").getextrema()[0] < 255
+        if hidden: return None, "has transparent pixels; flatten it to 8-bit grey"
+        return image.convert(_READ[image.mode]), ""
+
 # %% ../nbs/02_images.ipynb #53219f0c
 def open_radiograph(
     path: Path,  # a PNG or JPEG file
@@ -48,19 +59,18 @@ def open_radiograph(
     one line each.
     """
     path = Path(path)
-    if not path.is_file(): raise FileNotFoundError(f"{path}: no such image file")
-    if not path.stat().st_size: raise ValueError(f"{path}: the file is empty (0 bytes); copy or download it again")
-    try:
-        with Image.open(path, formats=("PNG", "JPEG")) as image:
-            if reason := _refusal(image): raise ValueError(f"{path}: {reason}")
-            hidden = image.has_transparency_data and image.convert("RGBA").getchannel("A").getextrema()[0] < 255
-            if hidden: raise ValueError(f"{path}: has transparent pixels; flatten it to 8-bit grey")
-            return image.convert(_READ[image.mode])
+    try: size = path.stat().st_size if path.is_file() else None
+    except OSError as error: raise ValueError(f"{path}: cannot be looked at ({error.strerror})") from None
+    if size is None: raise FileNotFoundError(f"{path}: no such image file")
+    if size == 0: raise ValueError(f"{path}: the file is empty (0 bytes); copy or download it again")
+    try: image, refused = _decoded(path)
     except UnidentifiedImageError: raise ValueError(f"{path}: is no PNG or JPEG image; convert it to one") from None
-    except Image.DecompressionBombError:
-        raise ValueError(f"{path}: is larger than {MAX_PIXELS // 10**6} megapixels; make it smaller") from None
-    except (OSError, SyntaxError, EOFError) as error:
+    except PermissionError: raise ValueError(f"{path}: may not be read; change its permissions") from None
+    except Image.DecompressionBombError: refused = f"is larger than {MAX_PIXELS // 10**6} megapixels; make it smaller"
+    except (OSError, SyntaxError, EOFError, ValueError) as error:
         raise ValueError(f"{path}: is broken or truncated ({error}); copy or download it again") from None
+    if refused: raise ValueError(f"{path}: {refused}")
+    return image
 
 # %% ../nbs/02_images.ipynb #f504c112
 def load_radiograph(

@@ -19,7 +19,7 @@ from PIL import Image
 
 from cxr_nb import core
 from cxr_nb.datasets import (
-    CHEXPERT_LABELS, COHORT_COLUMNS, SPLITS, CohortImages, few_shot_candidates, image_paths, openi_cohort, read_chexpert, read_cohort,
+    CHEXPERT_LABELS, COHORT_COLUMNS, SPLITS, CohortImages, few_shot_candidates, image_paths, impression_section, openi_cohort, read_chexpert, read_cohort,
     read_few_shot_choice, read_folder, read_mimic_cxr, read_nih, read_openi, report_texts, sample_captions, sample_frontal, with_splits,
 )
 
@@ -81,6 +81,7 @@ def test_chexpert_in_its_three_shapes(tmp_path, shape):
 def test_chexpert_against_torchxrayvision_on_the_real_table(tmp_path):
     "223,414 rows that torchxrayvision packs: views counted as published, labels as its own reader has them."
     packed = Path(xrv.datasets.datapath) / "chexpert_train.csv.gz"
+    (tmp_path / "train").mkdir()
     (tmp_path / "train.csv").write_bytes(gzip.decompress(packed.read_bytes()))
     cohort = read_chexpert(tmp_path)
     assert cohort["view"].value_counts()[["AP", "PA", "lateral"]].tolist() == [161590, 29420, 32387] and len(cohort) == 223414
@@ -226,6 +227,7 @@ def test_few_shot_images_are_sole_findings_of_training_patients(cohorts, base):
     (lambda t: t.assign(image_id=["nobody", *t.image_id[1:]]), r"row 2 \(nobody\): no such image in CheXpert"),
     (lambda t: t.assign(chosen="yes"), "chosen is neither 1 nor 0"),
     (lambda t: t.assign(chosen=0), "no image is chosen for 'no finding'"),
+    (lambda t: t.assign(concept="no finding"), "not labelled No Finding"),
     (lambda t: t.drop(columns="chosen"), "column 'chosen' is missing"),
     (lambda t: pd.concat([t, t.head(1)]), "repeats row 2"),
 ])
@@ -252,7 +254,9 @@ BAD_CHEXPERT = {
     "missing column": (lambda p: replaced(p, ",AP/PA", ",View"), "train.csv: column 'AP/PA' is missing; it has Path"),
     "bad label": (lambda p: replaced(p, ",1.0", ",0.5"), r"train.csv: row \d+, column '.*': label '0.5' is none of 1, 0, -1, blank"),
     "word for a label": (lambda p: replaced(p, ",1.0", ",yes"), r"row \d+, column '.*': label 'yes' is none of"),
-    "age": (lambda p: p.write_text(pd.read_csv(p, dtype=str, keep_default_na=False).assign(Age="old").to_csv(index=False)), r"row 2, column 'Age': 'old' is no number"),
+    "age": (lambda p: p.write_text(pd.read_csv(p, dtype=str, keep_default_na=False).assign(Age="old").to_csv(index=False)), r"row 2, column 'Age': 'old' is no number from 0 on"),
+    "odd view": (lambda p: replaced(p, ",Frontal,PA", ",frontal,PA"), r"row 2, column 'Frontal/Lateral': 'frontal' is none of Frontal, Lateral"),
+    "odd projection": (lambda p: replaced(p, ",Frontal,PA", ",Frontal,ap"), r"row 2, column 'AP/PA': 'ap' is none of AP, PA, LL, RL"),
     "duplicate row": (lambda p: p.write_text(p.read_text() + p.read_text().splitlines()[1] + "\n"), "train.csv: row 122 repeats row 2 .* with the same values"),
     "same image, other labels": (lambda p: p.write_text(p.read_text() + p.read_text().splitlines()[1].rsplit(",", 1)[0] + ",-1.0\n"), "row 122 repeats row 2 .* with another Support Devices"),
     "leaves the folder": (lambda p: replaced(p, "CheXpert-v1.0-small/train/patient00001", "CheXpert-v1.0-small/../patient00001"), r"row 2: path '.*' leads out of"),
@@ -290,6 +294,8 @@ BAD_MIMIC = {
     "two versions of a table": (lambda r: (trees.gzipped(metadata(r)), replaced(metadata(r), ",PA,", ",AP,")), "metadata.csv and mimic-cxr-2.0.0-metadata.csv.gz disagree from row 2 on; keep the one"),
     "a shorter version": (lambda r: (trees.gzipped(metadata(r)), metadata(r).write_text("\n".join(metadata(r).read_text().splitlines()[:9]))), "disagree from row 10 on"),
     "cut gzip": (lambda r: (trees.gzipped(metadata(r)), metadata(r).unlink(), cut(r / "mimic-cxr-2.0.0-metadata.csv.gz")), "metadata.csv.gz: not a readable CSV file"),
+    "blank id": (lambda r: replaced(metadata(r), "00000000,10000032,", "00000000,,"), "metadata.csv: row 2, column 'subject_id': '' is no id"),
+    "id that is a path": (lambda r: replaced(metadata(r), "0000abcd-", "../0000abcd-"), "metadata.csv: row 2, column 'dicom_id': '../0000abcd.* is no id"),
     "bad label": (lambda r: replaced(r / "mimic-cxr-2.0.0-chexpert.csv", ",1.0", ",2.0"), r"chexpert.csv: row \d+, column '.*': label '2.0' is none"),
     "study twice": (lambda r: replaced(r / "mimic-cxr-2.0.0-chexpert.csv", ",50000001,", ",50000000,"), "chexpert.csv: row 3 repeats row 2 .study_id 50000000."),
     "study of two patients": (lambda r: replaced(r / "mimic-cxr-2.0.0-chexpert.csv", "10000032,50000000", "10000033,50000000"), "metadata.csv: row 2: study 50000000 is of patient 10000032 here and of 10000033"),
@@ -333,7 +339,7 @@ def test_a_study_without_report_is_named(cohorts, base, tmp_path):
     with pytest.raises(ValueError, match=rf"cohort row \d+: no MIMIC-CXR report '{gone}'"): report_texts(rows, {"MIMIC-CXR": reports})
     (reports / "mimic-cxr-reports" / gone).write_bytes(b"caf\xe9")
     with pytest.raises(ValueError, match="is not UTF-8 text"): report_texts(rows, {"MIMIC-CXR": reports})
-    with pytest.raises(FileNotFoundError, match="MIMIC-CXR's reports: .* is not the data set .* looked for mimic-cxr-reports.zip"): report_texts(rows, {"MIMIC-CXR": tmp_path})
+    with pytest.raises(FileNotFoundError, match="MIMIC-CXR's reports: .* is not the data set .* looked for a whole zip file of reports"): report_texts(rows, {"MIMIC-CXR": tmp_path})
     with pytest.raises(ValueError, match="cohort row 0: MIMIC-CXR names no report"): report_texts(rows.assign(report_path=""), {"MIMIC-CXR": reports})
 
 
@@ -367,6 +373,10 @@ BAD_PLAIN = {
     "no labels": (lambda p: replaced(p, "finding_labels", "notes"), "no labels; add a column finding_labels"),
     "twice": (lambda p: replaced(p, "001.png", "000.png"), "row 3 repeats row 2"),
     "leaves": (lambda p: replaced(p, "001.png", "../001.png"), "row 3: path '../001.png' leads out"),
+    "blank image": (lambda p: replaced(p, "001.png", ""), "row 3: image is blank"),
+    "two images of one name": (lambda p: replaced(p, "001.png", "000.jpg"), "row 3 repeats row 2 .image_id 000. with another image"),
+    "two kinds of labels": (lambda p: replaced(p, ",age", ",Edema"), "has finding_labels and column 'Edema'; keep one kind"),
+    "semicolons": (lambda p: p.write_text(p.read_text().replace("finding_labels", "Edema").replace(",", ";")), "separate columns by commas|no labels"),
     "two tables": (lambda p: p.with_name("b.csv").write_text("image"), "holds 2 CSV files, b.csv and labels.csv among them"),
 }
 
@@ -377,6 +387,55 @@ def test_bad_plain_folders_are_refused_in_one_line(tmp_path, case):
     spoil(trees.plain(tmp_path) / "labels.csv")
     with pytest.raises(ValueError, match=message) as caught: read_folder(tmp_path, "Mine")
     assert "\n" not in str(caught.value)
+
+
+def test_the_same_patient_with_a_stray_blank_is_the_same(tmp_path):
+    path = trees.plain(tmp_path) / "labels.csv"
+    replaced(path, ",p0,", ",p0 ,")
+    assert set(read_folder(tmp_path, "Mine").patient_id) == {f"p{i}" for i in range(12)}
+
+
+def test_dots_in_names_belong_to_the_id_and_clutter_is_passed_over(tmp_path):
+    (tmp_path / "images").mkdir()
+    names = [f"1.2.840.{i}" for i in range(6)]
+    for i, name in enumerate(names): trees.picture(tmp_path / f"{name}.png", i)
+    (tmp_path / "T.CSV").write_text("image,patient_id,view,Edema\n" + "".join(f"{name}.png,p,PA,1\n" for name in names))
+    (tmp_path / "._T.CSV").write_text("clutter")
+    cohort = read_folder(tmp_path, "Mine")
+    assert cohort.image_id.tolist() == names and all((tmp_path / path).is_file() for path in cohort.image_path)
+
+
+@pytest.mark.parametrize("encode", [lambda s: s.replace("\n", "\r\n").encode(), lambda s: s.encode("utf-8-sig")])
+def test_reports_of_any_system_keep_their_impression(tmp_path, encode):
+    trees.plain(tmp_path, n=2, reports=True)
+    for path in tmp_path.glob("*.txt"): path.write_bytes(encode("IMPRESSION\n\nMild edema.\n"))
+    texts = report_texts(read_folder(tmp_path, "Mine"), {"Mine": tmp_path})
+    assert texts.map(impression_section).tolist() == ["Mild edema."] * 2
+
+
+def test_chexpert_tables_and_images_need_not_lie_together(tmp_path):
+    root = trees.chexpert(tmp_path)
+    expected = read_chexpert(root)
+    for name in ("train.csv", "valid.csv"): shutil.move(root / "CheXpert-v1.0-small" / name, root / name)
+    assert read_chexpert(root).equals(expected)
+    with pytest.raises(FileNotFoundError, match="is not the data set .* and train/ or the batches"):
+        read_chexpert(trees.chexpert(tmp_path / "b", "batches") / trees.BATCHES[0])
+
+
+def test_a_patient_in_two_batches_is_named(tmp_path):
+    root = trees.chexpert(tmp_path, "batches")
+    shutil.copytree(root / trees.BATCHES[2] / "patient00001", root / trees.BATCHES[3] / "patient00001")
+    with pytest.raises(ValueError, match="patient00001 is in 'CheXpert-v1.0 batch 3 .train 2./patient00001' and in"): read_chexpert(root)
+
+
+@pytest.mark.parametrize("spoil, message", [
+    (lambda p: p.write_bytes(p.read_bytes()[:-200]), "is not the data set .it is a file.; looked for a whole zip file"),
+    (lambda p: p.write_bytes(p.read_bytes().replace(b"Study s50000000", b"Study s5000000X")), "cohort row 0: no MIMIC-CXR report .* .Bad CRC-32"),
+])
+def test_a_broken_zip_of_reports_is_said(cohorts, base, tmp_path, spoil, message):
+    archive = trees.mimic_reports(tmp_path, base / "mimic", as_zip=True)
+    spoil(archive)
+    with pytest.raises((ValueError, FileNotFoundError), match=message): report_texts(cohorts["mimic"], {"MIMIC-CXR": archive})
 
 
 # ---- captions

@@ -29,6 +29,14 @@ def cut(path, share):
     path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
 
 
+def damaged(path):
+    "One byte of the pixels changed; decoding alone would give other grey levels."
+    GREY.save(path, compress_level=0)
+    content = bytearray(path.read_bytes())
+    content[-100] ^= 0x55
+    path.write_bytes(content)
+
+
 BAD = {
     "empty.png": (lambda p: p.write_bytes(b""), r"the file is empty \(0 bytes\)"),
     "cut.png": (lambda p: cut(p, 0.5), "is broken or truncated"),
@@ -49,6 +57,8 @@ BAD = {
     "text.png": (lambda p: p.write_text("not an image"), "is no PNG or JPEG image"),
     "page.tif": (lambda p: GREY.save(p), "is no PNG or JPEG image"),
     "folder.png": (lambda p: p.mkdir(), "no such image file"),
+    "damaged.png": (damaged, "is broken or truncated"),
+    "short.png": (lambda p: p.write_bytes(header_of_a_large_png(64, 64)[:20]), "is broken or truncated|is no PNG or JPEG image"),
 }
 
 
