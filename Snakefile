@@ -42,7 +42,11 @@ def cohorts():
 
 # notebook: (files it reads, files it writes), below outputs/<profile>
 GRAPH = {
-    "21_datasets": ([], cohorts()),
+    "03_phantoms": ([], ["images/phantoms/phantoms.csv", "images/phantoms/truth.json", *figures("phantoms", "phantom_findings")]),
+    "21_datasets": (
+        ["images/phantoms/phantoms.csv"] * any("=images/phantoms" in line.replace(" ", "") for line in PARAMETERS["21_datasets"]["folders"]),
+        cohorts(),
+    ),
     "24_text_encoder": (
         ["cohorts/sources.json", "cohorts/text_reports.csv", "cohorts/text_evaluation.csv"],
         ["measures/text_encoders.json", "measures/bag_of_words.parquet", *EMBEDDINGS],

@@ -1117,7 +1117,8 @@ def label_agreement(
 RESTRICTED = ("CheXpert", "MIMIC-CXR")  # under a data use agreement
 
 def named_folders(
-    folders: list[str],  # each "Name=folder"
+    folders: list[str],  # each "Name=folder"; a folder that begins with images/ is the profile's own
+    outputs: Path,  # outputs/<profile>
 ) -> dict[str, Path]:  # name -> folder
     "Parse the parameter `folders`; raises ValueError for an entry without a name, and for a name that is taken."
     found = {}
@@ -1128,5 +1129,5 @@ def named_folders(
         if slug(name) in taken: raise ValueError(f"folders: the name {name!r} is taken")
         if not slug(name) or re.match(r"(text|few_shot|captions|sources)|.*_(sample|problems)$", slug(name)):
             raise ValueError(f"folders: {name!r} cannot name files beside the others in cohorts/; take another name")
-        found[name] = find_path(place)
+        found[name] = outputs / place if place.startswith("images/") else find_path(place)
     return found

@@ -150,6 +150,8 @@ def contact_sheet(
     figure, axes = plt.subplots(rows, columns, figsize=(2.1 * columns, 2.4 * rows), squeeze=False, layout="constrained")
     for ax in axes.flat: ax.axis("off")
     for ax, image, title, colour in zip(axes.flat, pixels, titles, colours or ["black"] * len(pixels)):
-        ax.imshow(image, cmap="gray", vmin=0, vmax=255, aspect="equal")
+        # a small image is shown pixel for pixel, a large one reduced without aliasing
+        how = "none" if max(image.shape) < 300 else "auto"
+        ax.imshow(image, cmap="gray", vmin=0, vmax=255, aspect="equal", interpolation=how)
         ax.set_title(title, fontsize=8, color=colour, loc="left")
     return figure

@@ -56,9 +56,9 @@ def test_it_writes_what_was_agreed(report):
         measured = table[table.measured.notna()]
         assert len(measured) and measured.ci_low.le(measured.measured).all() and measured.ci_high.ge(measured.measured).all()
         assert (measured.n > 0).all() and (table[table.measured.isna()].n == 0).all()
-    for name in ("tsne_bag_of_words", "tsne_tf_idf_svd", "tsne_cxr_bert_specialized", "tsne_clip", "figure_8", "figure_6", "figure_7", "chexpert_at_k", "text_evaluation_classes", "cohort_labels", "cohort_patients", "cohort_cooccurrence"):
+    for name in ("tsne_bag_of_words", "tsne_tf_idf_svd", "tsne_cxr_bert_specialized", "tsne_clip", "figure_8", "figure_6", "figure_7", "chexpert_at_k", "text_evaluation_classes", "cohort_labels", "cohort_patients", "cohort_cooccurrence", "phantoms", "phantom_findings", "cohort_sample_phantoms", "few_shot_candidates"):
         assert (out / f"figures/{name}.png").stat().st_size > 10_000 and (out / f"figures/{name}.svg").exists()
-    for name in ("21_datasets", "24_text_encoder", "33_text_encoder_results", "B_text_clusters"):
+    for name in ("03_phantoms", "21_datasets", "24_text_encoder", "33_text_encoder_results", "B_text_clusters"):
         assert (out / f"notebooks/{name}.ipynb").exists()
         record = json.loads((out / f"records/{name}.json").read_text())
         assert all(core.sha256(out / file) == digest for file, digest in (record["inputs"] | record["outputs"]).items())
@@ -124,8 +124,8 @@ def test_what_is_missing_is_made_again(report, run_in):
 
 def test_a_fresh_clone_with_committed_results_runs_everything(report, run_in, tmp_path):
     copy = tmp_path / "clone"
-    shutil.copytree(report, copy, ignore=shutil.ignore_patterns(".snakemake", "cohorts", "measures"))
-    assert would_run(run_in, copy) == {"21_datasets", "24_text_encoder"} | RESULTS
+    shutil.copytree(report, copy, ignore=shutil.ignore_patterns(".snakemake", "cohorts", "measures", "images"))
+    assert would_run(run_in, copy) == {"03_phantoms", "21_datasets", "24_text_encoder"} | RESULTS
 
 
 def test_an_unknown_profile_key_stops_everything_with_one_line(report, run_in, edited):
