@@ -883,7 +883,7 @@ def few_shot_candidates(
     n: int = 5,  # images of each concept to choose (§2.1)
     seed: int = 0,  # of their order
 ) -> pd.DataFrame:  # concept, chosen (1 or 0), excluded (reason or blank), then the cohort's columns
-    """Propose few-shot images of each concept, three times as many as needed, and choose the first that pass the rule.
+    """Propose few-shot images of each concept, twice as many as needed, and choose the first that pass the rule.
 
     Raises ValueError where fewer than n images of a concept pass, and what
     `open_radiograph` raises for a file that cannot be read. Source: §2.1.
@@ -891,7 +891,7 @@ def few_shot_candidates(
     pool = cohort[cohort["view"].isin(["AP", "PA"]) & (cohort.split == "train")]
     order = np.argsort(hash_uniform(pool.source + "/" + pool.image_id, seed, "few-shot"), kind="stable")
     pool = pool.iloc[order].drop_duplicates(["source", "patient_id"])
-    found = [_judged(pool[only_finding(pool, label)], concept, roots, 3 * n) for concept, label in CONCEPTS.items()]
+    found = [_judged(pool[only_finding(pool, label)], concept, roots, 2 * n) for concept, label in CONCEPTS.items()]
     for concept, rows in zip(CONCEPTS, found):
         if (passed := (rows.excluded == "").sum()) < n:
             count = f"{passed} of {len(rows)} for '{concept}' pass, {n} are needed"

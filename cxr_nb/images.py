@@ -147,11 +147,11 @@ def contact_sheet(
     import matplotlib.pyplot as plt
     columns = min(columns, len(pixels))
     rows = -(-len(pixels) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(2.1 * columns, 2.4 * rows), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(rows, columns, figsize=(1.7 * columns, 2.0 * rows), squeeze=False, layout="constrained")
     for ax in axes.flat: ax.axis("off")
     for ax, image, title, colour in zip(axes.flat, pixels, titles, colours or ["black"] * len(pixels)):
         # a small image is shown pixel for pixel, a large one reduced without aliasing
         how = "none" if max(image.shape) < 300 else "auto"
         ax.imshow(image, cmap="gray", vmin=0, vmax=255, aspect="equal", interpolation=how)
-        ax.set_title(title, fontsize=8, color=colour, loc="left")
+        ax.set_title(title, fontsize=7, color=colour, loc="left")
     return figure
