@@ -193,7 +193,8 @@ def _chexpert_tables(root):
     if images:
         prefix = "" if images == root else images.name + "/"
         return tables, lambda split, patient: prefix + split + "/" + patient
-    return tables, lambda split, patient: patient.map(_patient_folders(root, batches))
+    of_patient = _patient_folders(root, batches)
+    return tables, lambda split, patient: patient.map(of_patient)
 
 # %% ../nbs/21_datasets.ipynb #cd1416ea
 def _patient_folders(root, batches):
@@ -777,7 +778,8 @@ LABEL_POLICIES = {  # name -> (what -1 becomes, what a blank becomes)
 
 # %% ../nbs/21_datasets.ipynb #821b182f
 def apply_label_policy(
-    labels: pd.DataFrame, policy: str  # raw labels: 1, 0, -1 or NaN  # a key of LABEL_POLICIES
+    labels: pd.DataFrame,  # raw labels: 1, 0, -1 or NaN
+    policy: str,  # a key of LABEL_POLICIES
 ) -> pd.DataFrame:  # 1, 0 or NaN
     "Resolve uncertain and missing labels; raises ValueError for an unknown policy or a label that is none."
     if policy not in LABEL_POLICIES:
@@ -815,13 +817,15 @@ def with_splits(
     return cohort.assign(split=np.array([*SPLITS])[at])
 
 # %% ../nbs/21_datasets.ipynb #6adc8349
+def _frontal(cohort): return cohort["view"].isin(["AP", "PA"])
+
 def sample_frontal(
     cohort: pd.DataFrame,  # a cohort table with a row per image
     n: int = 1000,  # images
     seed: int = 0,  # of the choice
 ) -> pd.DataFrame:  # n rows, in the cohort's order
     "Sample AP and PA images, never those of unknown view (§2.1); raises ValueError where there are fewer than n."
-    frontal = cohort[cohort["view"].isin(["AP", "PA"])]
+    frontal = cohort[_frontal(cohort)]
     if not 0 < n <= len(frontal):
         there = f"{', '.join(cohort.source.unique())}'s {len(frontal):,} frontal images"
         raise ValueError(f"{n:,} of {there} asked for; lower sample_size")
@@ -870,7 +874,8 @@ CONCEPTS = {"no finding": "No Finding", "pleural effusion": "Pleural Effusion"} 
 
 
 def only_finding(
-    cohort: pd.DataFrame, label: str  # a cohort table  # one of CHEXPERT_LABELS
+    cohort: pd.DataFrame,  # a cohort table
+    label: str,  # one of CHEXPERT_LABELS
 ) -> pd.Series:  # True where the label is positive and nothing else is, or may be
     "Rows whose sole finding is a label: no other is positive or uncertain, and no finding beyond the fourteen is named."
     others = cohort[[c for c in CHEXPERT_LABELS if c != label]]
@@ -888,7 +893,7 @@ def few_shot_candidates(
     Raises ValueError where fewer than n images of a concept pass, and what
     `open_radiograph` raises for a file that cannot be read. Source: §2.1.
     """
-    pool = cohort[cohort["view"].isin(["AP", "PA"]) & (cohort.split == "train")]
+    pool = cohort[_frontal(cohort) & (cohort.split == "train")]
     order = np.argsort(hash_uniform(pool.source + "/" + pool.image_id, seed, "few-shot"), kind="stable")
     pool = pool.iloc[order].drop_duplicates(["source", "patient_id"])
     found = [_judged(pool[only_finding(pool, label)], concept, roots, 2 * n) for concept, label in CONCEPTS.items()]
@@ -932,7 +937,7 @@ def read_few_shot_choice(
     chosen, rows = table.chosen == "1", cohort.iloc[at].reset_index(drop=True)
     others = np.array([row[CONCEPTS[concept]] != 1 for concept, (_, row) in zip(table.concept, rows.iterrows())])
     _refuse(chosen & others, path, lambda row: f" ({table.image_id[row]}): not labelled {CONCEPTS[table.concept[row]]}")
-    _refuse(chosen & ~rows["view"].isin(["AP", "PA"]), path, lambda row: f" ({table.image_id[row]}): no frontal image")
+    _refuse(chosen & ~_frontal(rows), path, lambda row: f" ({table.image_id[row]}): no frontal image")
     rows.insert(0, "concept", table.concept)
     return _sound_choice(rows[chosen].reset_index(drop=True), path)
 

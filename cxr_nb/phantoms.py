@@ -603,14 +603,13 @@ DRAW = {
 }
 
 # %% ../nbs/03_phantoms.ipynb #1c873dac
-TISSUE, BONE, LUNG = (
-    0.19,
-    0.62,
-    0.80,
-)  # attenuation per cm of soft tissue and per unit of bone; share of it that air takes away
+TISSUE, BONE = 0.19, 0.62  # attenuation per cm of soft tissue and per unit of bone
+LUNG = 0.80  # share of soft tissue's that air takes away
 
 
-def attenuation(scene: Scene) -> np.ndarray:  # who, how and with what  # (size, size) float, at least 0
+def attenuation(
+    scene: Scene,  # who, how and with what
+) -> np.ndarray:  # (size, size) float, at least 0
     "Attenuation along each ray through the scene (Beer and Lambert's exponent)."
     rng = np.random.default_rng(scene.exposure.seed)
     changes = [DRAW[f.name](scene, f, np.random.default_rng(f.seed)) for f in scene.findings if f.name in DRAW]
@@ -621,9 +620,8 @@ def attenuation(scene: Scene) -> np.ndarray:  # who, how and with what  # (size,
     clear = np.prod(
         [1 - np.clip(c["opacity"], 0, 1) for c in changes if "opacity" in c] + [1 - _haze(scene, rng)], axis=0
     )
-    bare = max([np.max(c["bare"]) for c in changes if "bare" in c], default=0) and np.max(
-        [c["bare"] for c in changes if "bare" in c], axis=0
-    )
+    bared = [c["bare"] for c in changes if "bare" in c]
+    bare = np.max(bared, axis=0) if bared else 0
     vessels = np.clip(scene._vessels(), 0, 1.2) * (1 - bare)
     air = (
         scene.air * clear * (1 - 0.25 * vessels)
@@ -685,7 +683,8 @@ def develop(
 
 # %% ../nbs/03_phantoms.ipynb #5a868a1e
 def mark(
-    film: np.ndarray, exposure: Exposure  # (size, size), 0 to 1  # decides borders and texts
+    film: np.ndarray,  # (size, size), 0 to 1
+    exposure: Exposure,  # decides borders and texts
 ) -> tuple[np.ndarray, list]:  # uint8 pixels; boxes (left, top, right, bottom) of burnt-in text in pixels
     "Collimate and burn in the side marker and, at the bedside, a word."
     rng, n, boxes = np.random.default_rng(exposure.seed + 2), len(film), []
@@ -926,10 +925,10 @@ def _write_patient(number, folder, seed, size):
         if spoilt:
             pixels, boxes = _spoil(pixels, spoilt, rng), []
         text, stated = report(findings, exposure, rng)
-        with written_whole(folder / "images" / f"{name}.png") as partial:
-            Image.fromarray(pixels).save(partial, "PNG")
-        with written_whole(folder / "reports" / f"{name}.txt") as partial:
-            partial.write_text(text)
+        with written_whole(folder / "images" / f"{name}.png") as path:
+            Image.fromarray(pixels).save(path, "PNG")
+        with written_whole(folder / "reports" / f"{name}.txt") as path:
+            path.write_text(text)
         rows.append(
             {
                 "image": f"{name}.png",
