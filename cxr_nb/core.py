@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PARAMETER_TYPES', 'TABLE_COLUMNS', 'repo_root', 'outputs_dir', 'slug', 'find_path', 'written_whole',
-           'check_parameter', 'declared_parameters', 'load_profile', 'resolve_parameters', 'seed_everything', 'sha256',
-           'git_commit', 'git_would_track', 'versions', 'device_name', 'peak_memory_mb', 'Run', 'figure_style',
-           'published', 'paper_view', 'run_notebook', 'imported_modules', 'main']
+           'check_parameter', 'declared_parameters', 'load_profile', 'resolve_parameters', 'seed_everything',
+           'torch_device', 'sha256', 'git_commit', 'git_would_track', 'versions', 'device_name', 'peak_memory_mb',
+           'Run', 'figure_style', 'published', 'paper_view', 'run_notebook', 'imported_modules', 'main']
 
 # %% ../nbs/00_core.ipynb #dc2339fb
 import ast
@@ -180,6 +180,15 @@ def seed_everything(
     np.random.seed(seed % 2**32)
     if "torch" in sys.modules: sys.modules["torch"].manual_seed(seed)
 
+# %% ../nbs/00_core.ipynb #16ac5fe9
+def torch_device(
+    name: str,  # "auto", "cpu", "cuda", "cuda:1", "mps"
+) -> "torch.device":
+    "The named device; \"auto\" is the first GPU, Apple's GPU, or the CPU."
+    import torch
+    if name != "auto": return torch.device(name)
+    return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+
 # %% ../nbs/00_core.ipynb #4da9808e
 def sha256(
     path: Path,  # a file
@@ -320,11 +329,13 @@ def write_figure(
     self: Run,
     name: str,  # file stem below figures/, e.g. "figure_6"
     figure,  # a matplotlib figure
+    vector: bool = True,  # also as SVG; not for sheets of images, whose pixels it would only hold once more
 ) -> None:
     "Write a figure as `figures/<name>.png` and `.svg`, byte for byte the same for the same figure."
     import matplotlib as mpl
-    with mpl.rc_context({"svg.hashsalt": name, "svg.fonttype": "none"}):
-        self.write(f"figures/{name}.svg", lambda p: figure.savefig(p, bbox_inches="tight", metadata={"Date": None}))
+    if vector:
+        with mpl.rc_context({"svg.hashsalt": name, "svg.fonttype": "none"}):
+            self.write(f"figures/{name}.svg", lambda p: figure.savefig(p, bbox_inches="tight", metadata={"Date": None}))
     self.write(f"figures/{name}.png", lambda p: figure.savefig(p, bbox_inches="tight", dpi=200))
 
 # %% ../nbs/00_core.ipynb #f159ccdf

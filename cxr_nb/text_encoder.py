@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['ENCODERS', 'EXTRACTIONS', 'SIMILARITIES', 'EncoderSource', 'encoder_source', 'checkpoint_folder', 'TextEncoder',
-           'projection_head', 'load_text_encoder', 'torch_device', 'provenance', 'embed', 'retrieval_scores',
-           'dot_product', 'cosine', 'chexpert_at_k', 'chance', 'bags_of_words', 'intersection_over_union',
-           'fit_tfidf_svd', 'embeddings_frame', 'read_embeddings']
+           'projection_head', 'load_text_encoder', 'provenance', 'embed', 'retrieval_scores', 'dot_product', 'cosine',
+           'chexpert_at_k', 'chance', 'bags_of_words', 'intersection_over_union', 'fit_tfidf_svd', 'embeddings_frame',
+           'read_embeddings']
 
 # %% ../nbs/24_text_encoder.ipynb #aeed2725
 import json
@@ -28,7 +28,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import Normalizer
 from tqdm.auto import tqdm
 
-from .core import find_path, sha256
+from .core import find_path, sha256, torch_device
 
 # %% ../nbs/24_text_encoder.ipynb #fda0ac4c
 @dataclass(frozen=True)
@@ -262,13 +262,6 @@ def load_text_encoder(
     for module in (encoder.model, encoder.head):
         if module is not None: module.eval().requires_grad_(False).to(torch_device(device))
     return encoder
-
-def torch_device(
-    name: str,  # "auto", "cpu", "cuda", "cuda:1", "mps"
-) -> torch.device:
-    "The named device; \"auto\" is the first GPU, Apple's GPU, or the CPU."
-    if name != "auto": return torch.device(name)
-    return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
 
 # %% ../nbs/24_text_encoder.ipynb #29f0e2fd
 def _load_clip(folder, source):
