@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['FIELD', 'DEVICES', 'DRAW', 'TISSUE', 'BONE', 'LUNG', 'FREQUENCY', 'COMPANY', 'BOTH_SIDES', 'MIDLINE', 'ZONES',
-           'SIZES', 'PHRASES', 'DENIALS', 'VARIANTS', 'SPOILT', 'Body', 'draw_body', 'Exposure', 'draw_exposure',
-           'Finding', 'Scene', 'attenuation', 'develop', 'mark', 'radiograph', 'draw_findings', 'report',
-           'write_phantoms']
+           'SIZES', 'PHRASES', 'NORMAL', 'ADVICE', 'DENIALS', 'VARIANTS', 'SPOILT', 'Body', 'draw_body', 'Exposure',
+           'draw_exposure', 'Finding', 'Scene', 'attenuation', 'develop', 'mark', 'radiograph', 'draw_findings',
+           'report', 'write_phantoms']
 
 # %% ../nbs/03_phantoms.ipynb #46b6436e
 import json
@@ -812,6 +812,14 @@ PHRASES = {  # what a finding is called; the blanks are filled from the finding
     "Pneumothorax": ("{size} {side} pneumothorax", "{side} pneumothorax, {size}"),
     "Support Devices": ("{kind} in place", "{kind} in standard position"),
 }
+NORMAL = (  # how an impression begins where there is nothing to report
+    "No acute cardiopulmonary abnormality.", "Normal chest.", "No acute disease.", "No active disease in the chest.",
+    "Normal examination.", "Clear lungs.", "No acute findings.", "Unremarkable chest radiograph.",
+)
+ADVICE = (  # how it may end
+    "Correlate clinically.", "Follow-up as needed.", "Comparison with earlier images is advised.",
+    "Short-term follow-up is suggested.", "Lateral view may help.",
+)
 DENIALS = {
     "Pleural Effusion": ("No pleural effusion.", "There is no pleural fluid."),
     "Pneumothorax": ("No pneumothorax.", "No evidence of pneumothorax."),
@@ -885,9 +893,12 @@ def report(
             stated[name] = 0
     if not [name for name in stated if stated[name] and name != "Support Devices"]:
         stated["No Finding"] = 1
-        summary.insert(
-            0, str(rng.choice(["No acute cardiopulmonary abnormality.", "Normal chest.", "No acute disease."]))
-        )
+        summary.insert(0, str(rng.choice(NORMAL)))
+    denied = [name for name in DENIALS if stated.get(name, 0) == 0]
+    for name in rng.choice(denied, rng.choice([0, 1, 2], p=[0.4, 0.4, 0.2]), replace=False):
+        summary.append(str(rng.choice(DENIALS[name])))
+        stated[str(name)] = 0
+    if rng.random() < 0.35: summary.append(str(rng.choice(ADVICE)))
     head = f"EXAMINATION: Chest, {exposure.view} view" + (", low lung volumes." if exposure.breath < 0.75 else ".")
     numbered = [f"{i}. {s}" for i, s in enumerate(summary, 1)] if len(summary) > 1 else summary
     return f"{head}\n\nFINDINGS: {' '.join(rng.permutation(lines))}\n\nIMPRESSION: {' '.join(numbered)}\n", stated
