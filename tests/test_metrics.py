@@ -1,0 +1,294 @@
+"Metrics and judges against other implementations, brute force and simulation, and what they refuse."
+import pickle
+import subprocess
+import sys
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import pytest
+import skimage.metrics
+import torch
+from scipy.spatial.distance import cdist
+from scipy.stats import norm
+from sklearn import metrics as sk
+from torchmetrics.image.fid import FrechetInceptionDistance, NoTrainInceptionV3
+from torchmetrics.image.kid import KernelInceptionDistance, poly_mmd
+
+from cxr_nb import judges
+from cxr_nb.judges import features, layer_features, load_classifier, load_extractor, probabilities
+from cxr_nb.metrics import (
+    SCORES, FeatureStatistics, _squared_mmd, classification_scores, disjoint_halves, frechet_by_batches, frechet_distance,
+    frechet_floor, kernel_distance, precision_recall_density_coverage, psnr, rmse, score_differences, score_intervals, ssim,
+    ssim_map,
+)
+
+PUBLISHED = "densenet121-res224-all"
+torch.set_num_threads(1)  # two files of tests run at once, and threads that wait for one another double their time
+
+
+class Tiny(torch.nn.Module):
+    "A few features of byte images, as torchmetrics takes an extractor."
+    num_features = 12
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mix", torch.randn(3 * 16, 12, generator=torch.Generator().manual_seed(0)))
+
+    def forward(self, images): return torch.tanh(torch.nn.functional.adaptive_avg_pool2d(images.to(self.mix.dtype) / 255, 4).flatten(1) @ self.mix)
+
+
+@pytest.fixture
+def rng(): return np.random.default_rng(5)
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    "An empty home without a network: the folders where weights are looked for."
+    from torchxrayvision import utils
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    def no_network(url, filename): raise ConnectionError("no route")
+    monkeypatch.setattr(utils, "download", no_network)
+    return tmp_path / ".torchxrayvision/models_data", tmp_path / "torch/hub/checkpoints"
+
+
+def test_what_is_imported():
+    heavy = ["diffusers", "transformers", "torchxrayvision", "torchmetrics", "torch_fidelity", "torchvision", "sklearn", "matplotlib"]
+    code = f"import sys, cxr_nb.metrics, cxr_nb.judges; print([m for m in {heavy} if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("shape", [(2, 11, 11), (3, 1, 17, 40), (5, 3, 160, 150)])
+@pytest.mark.parametrize("dtype", [np.float64, np.float32, np.uint8])
+def test_pairs_against_scikit_image(rng, shape, dtype):
+    a = rng.uniform(0, 255, shape)
+    a, b = (np.clip(x, 0, 255).astype(dtype) for x in (a, a + rng.normal(0, 40, shape)))
+    axis = 0 if len(shape) == 4 else None
+    how = dict(data_range=255, gaussian_weights=True, sigma=1.5, use_sample_covariance=False, channel_axis=axis, full=True)
+    pairs = list(zip(a.astype(float), b.astype(float)))
+    values, maps = zip(*(skimage.metrics.structural_similarity(x, y, **how) for x, y in pairs))
+    maps = np.stack(maps).mean(1) if axis == 0 else np.stack(maps)
+    tolerance = 1e-9 if dtype == np.float64 else 2e-5
+    np.testing.assert_allclose(ssim(a, b, (0, 255)), values, atol=tolerance)
+    np.testing.assert_allclose(ssim_map(a, b, (0, 255)), maps, atol=10 * tolerance)
+    np.testing.assert_allclose(psnr(a, b, (0, 255)), [skimage.metrics.peak_signal_noise_ratio(x, y, data_range=255) for x, y in pairs], rtol=1e-5)
+    np.testing.assert_allclose(rmse(a, b), [skimage.metrics.mean_squared_error(x, y) ** 0.5 for x, y in pairs], rtol=1e-5)
+
+
+def test_pairs_refused(rng):
+    a = torch.rand(2, 12, 10)
+    with pytest.raises(ValueError, match=r"11 × 11 pixels; the images have 12 × 10"): ssim(a, a, (0, 1))
+    with pytest.raises(ValueError, match="image 0 of the first batch has values from .* expected"): psnr(a - 1, a, (0, 1))
+    with pytest.raises(ValueError, match="not 1"): ssim(a, a, 1)
+    with pytest.raises(ValueError, match="lowest and the highest"): ssim(a, a, (1, 0))
+    with pytest.raises(ValueError, match="one shape"): rmse(a, a[:1])
+    with pytest.raises(ValueError, match="one shape"): rmse(a[:0], a[:0])
+    with pytest.raises(ValueError, match="is not finite"): rmse(a, a * torch.inf)
+
+
+@pytest.mark.parametrize("n", [8, 60])  # fewer and more images than features
+def test_frechet_against_torchmetrics(n):
+    first, second = (torch.randint(0, high, (n, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(high)) for high in (256, 160))
+    theirs = FrechetInceptionDistance(feature=Tiny()).set_dtype(torch.float64)
+    theirs.update(first, real=True), theirs.update(second, real=False)
+    mine = [features(lambda x: Tiny()((x * 255).round()), x, 7) for x in (first, second)]
+    streamed = [FeatureStatistics(), FeatureStatistics()]
+    for s, x in zip(streamed, mine):
+        for batch in np.array_split(x, 3): s.update(batch)
+    assert frechet_distance(*mine) == pytest.approx(theirs.compute().item(), rel=1e-4)
+    assert frechet_distance(*streamed) == pytest.approx(frechet_distance(*mine), rel=1e-9)
+
+
+def test_frechet_of_fewer_images_than_features(rng):
+    a, b = rng.normal(size=(40, 256)), rng.normal(0.2, 1.5, size=(25, 256))
+    cov_a, cov_b = np.cov(a.T), np.cov(b.T)
+    root = np.sqrt(np.maximum(np.linalg.eigvals(cov_a @ cov_b).real, 0)).sum()
+    slow = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(cov_a) + np.trace(cov_b) - 2 * root
+    assert frechet_distance(a, b) == pytest.approx(slow, rel=1e-5)
+    assert frechet_distance(b, a) == pytest.approx(frechet_distance(a, b), rel=1e-9)
+    turn = np.linalg.qr(rng.normal(size=(256, 256)))[0]
+    assert frechet_distance(a @ turn + 3, b @ turn + 3) == pytest.approx(frechet_distance(a, b), rel=1e-9)
+    with pytest.raises(ValueError, match="at least 2 images, not 1"): frechet_distance(a[:1], b)
+    with pytest.raises(ValueError, match="image 3 are not finite"): frechet_distance(np.where(np.arange(40)[:, None] == 3, np.nan, a), b)
+
+
+def test_statistics_keep_no_images():
+    def peak(batches):
+        s, rng = FeatureStatistics(), np.random.default_rng(0)
+        tracemalloc.start()
+        for _ in range(batches): s.update(rng.normal(size=(32, 128)))
+        found = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return found
+    assert peak(200) < 1.1 * peak(5)
+
+
+def test_floor_is_of_disjoint_patients_and_grows_as_n_falls(rng):
+    x, patients = rng.normal(size=(300, 20)), rng.integers(0, 80, 300)
+    for sizes in ((100, 150), (1, 2), (30, 30)):
+        for _ in range(20):
+            i, j = disjoint_halves(patients, sizes, rng)
+            assert (len(set(i)), len(set(j))) == sizes and not set(patients[i]) & set(patients[j])
+    floors = [frechet_floor(x, patients, (n, n), draws=6) for n in (20, 50, 120)]
+    assert all((a.min() > b.max()) for a, b in zip(floors, floors[1:]))
+    assert (frechet_floor(x, patients, (50, 50), draws=6) == floors[1]).all()
+    mean, deviation = frechet_by_batches(x, x + 1, 100)
+    assert mean == pytest.approx(20) and deviation == pytest.approx(0, abs=1e-6)
+    assert np.isnan(frechet_by_batches(x, x, 300)[1])
+
+
+def test_kernel_distance_against_torchmetrics(rng):
+    a, b = rng.normal(size=(50, 12)), rng.normal(0.3, 1, size=(50, 12))
+    assert _squared_mmd(a, b) == pytest.approx(poly_mmd(torch.from_numpy(a), torch.from_numpy(b)).item(), rel=1e-9)
+    first, second = (torch.randint(low, 256, (90, 3, 16, 16), dtype=torch.uint8) for low in (0, 40))
+    theirs = KernelInceptionDistance(feature=Tiny(), subset_size=40, subsets=60)
+    theirs.update(first, real=True), theirs.update(second, real=False)
+    their_mean, their_deviation = (v.item() for v in theirs.compute())
+    mean, deviation = kernel_distance(Tiny()(first).numpy(), Tiny()(second).numpy(), 40, 60)
+    assert abs(mean - their_mean) < 4 * (deviation + their_deviation) / 60**0.5
+    assert deviation == pytest.approx(their_deviation, rel=0.5)
+
+
+def test_kernel_distance_has_no_bias(rng):
+    many = [_squared_mmd(rng.normal(size=(10, 4)), rng.normal(size=(10, 4))) for _ in range(3000)]
+    assert abs(np.mean(many)) < 4 * np.std(many) / 3000**0.5
+    x = rng.normal(size=(30, 4))
+    assert kernel_distance(x, x + 1, 20, 5, seed=1) == kernel_distance(x, x + 1, 20, 5, seed=1)
+    with pytest.raises(ValueError, match="fewer than either set"): kernel_distance(x, x[:20], 20)
+    with pytest.raises(ValueError, match="4 features against 3"): kernel_distance(x, x[:, :3], 10)
+
+
+@pytest.mark.parametrize(("n", "m", "k"), [(30, 50, 5), (1100, 1050, 3)])
+def test_precision_recall_density_coverage_by_brute_force(rng, n, m, k):
+    real, fake = rng.normal(size=(n, 6)), rng.normal(0.5, 0.8, size=(m, 6))
+    reach, own = (np.sort(cdist(x, x), axis=1)[:, k] for x in (real, fake))
+    apart = cdist(fake, real)
+    expected = {
+        "precision": (apart <= reach).any(1).mean(), "recall": (apart <= own[:, None]).any(0).mean(),
+        "density": (apart <= reach).sum() / (k * m), "coverage": (apart.min(0) <= reach).mean(),
+    }
+    assert precision_recall_density_coverage(real, fake, k) == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_scores_against_scikit_learn(seed):
+    rng = np.random.default_rng(seed)
+    labels, threshold = rng.integers(0, 2, 40), rng.choice([0.0, 0.3, 0.5, 1.0])
+    scores = rng.integers(0, 6, 40) / 5 if seed % 2 else rng.random(40)
+    called = scores >= threshold
+    expected = [
+        sk.roc_auc_score(labels, scores), sk.accuracy_score(labels, called), sk.f1_score(labels, called, zero_division=np.nan),
+        sk.precision_score(labels, called, zero_division=np.nan), sk.recall_score(labels, called, zero_division=np.nan), labels.mean(),
+    ]
+    found = classification_scores(labels, scores, threshold)
+    np.testing.assert_allclose([found[s] for s in SCORES], expected, atol=1e-12)
+    assert bool(found["undefined"]) == bool(np.isnan(expected).any())
+    assert classification_scores(torch.from_numpy(labels), torch.from_numpy(scores), threshold) == pytest.approx(found, nan_ok=True)
+
+
+def test_a_single_class_has_no_auc():
+    ones = classification_scores([1, 1, 1], [0.2, 0.7, 0.9], 0.5)
+    assert np.isnan(ones["auc"]) and ones["undefined"] == "no image is negative: no AUC"
+    assert (ones["recall"], ones["precision"], ones["f1"]) == pytest.approx((2 / 3, 1, 0.8))
+
+
+def test_bootstrap_covers_what_it_should():
+    "Patients with two or three images each that resemble one another; the true AUC of a binormal pair is known."
+    rng, hits, tries = np.random.default_rng(3), np.zeros(2), 120
+    truth, accuracy = norm.cdf(1 / 2**0.5), norm.cdf(1 / 2)
+    for _ in range(tries):
+        patients = np.repeat(np.arange(90), rng.integers(2, 4, 90))
+        labels = rng.integers(0, 2, 90)[patients]
+        # one deviation apart: AUC is the normal distribution at 1/√2; a threshold in the middle has accuracy at 1/2
+        score = labels + 0.9 * rng.normal(size=90)[patients] + np.sqrt(1 - 0.81) * rng.normal(size=len(patients))
+        found = score_intervals(labels, 1 / (1 + np.exp(-(score - 0.5))), 0.5, patients, draws=300, seed=1)
+        hits += [low <= t <= high for t, low, high in zip((truth, accuracy), found.ci_low, found.ci_high)]
+    assert (hits / tries > 0.88).all() and (hits / tries < 0.995).all(), hits / tries
+
+
+def test_differences_are_of_the_same_patients(rng):
+    labels, patients = rng.integers(0, 2, 200), np.repeat(np.arange(100), 2)
+    before = np.clip(0.3 + 0.3 * labels + rng.normal(0, 0.25, 200), 0, 1)
+    after = np.clip(before + rng.normal(0, 0.03, 200), 0, 1)
+    found = score_differences(labels, before, after, 0.5, patients, draws=500)
+    one, other = (score_intervals(labels, s, 0.5, patients, draws=500) for s in (before, after))
+    assert (found.difference == other.value[:-1] - one.value[:-1]).all()
+    assert ((found.ci_high - found.ci_low) < 0.5 * (one.ci_high - one.ci_low)[:-1]).all()
+    swapped = score_differences(labels, after, before, 0.5, patients, draws=500)
+    np.testing.assert_allclose(swapped.ci_low, -found.ci_high, atol=1e-12)
+    with pytest.raises(ValueError, match="200 images but 1 units"): score_differences(labels, before, after, 0.5, [1])
+    with pytest.raises(ValueError, match="score of image 0 is -0.1"): score_differences(labels, before, np.full(200, -0.1), 0.5, patients)
+    with pytest.raises(ValueError, match="2 draws or more"): score_intervals(labels, before, 0.5, patients, draws=1)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_published_weights_score_as_in_torchxrayvision(home, zipped):
+    from torchxrayvision import models
+    torch.manual_seed(0)
+    saved = models.DenseNet(weights=None).eval()
+    saved.classifier.weight.data *= 20
+    home[0].mkdir(parents=True)
+    url = models.model_urls[PUBLISHED]["weights_url"]
+    torch.save(saved, home[0] / Path(url).name, _use_new_zipfile_serialization=zipped)
+    ours, theirs = load_classifier(PUBLISHED), models.DenseNet(weights=PUBLISHED)
+    assert (ours.targets, ours.image_size) == (theirs.targets, 224)
+    grey = torch.rand(3, 1, 224, 224)
+    with torch.no_grad(): expected = theirs(grey * 2048 - 1024).numpy()
+    found = probabilities(ours, grey, 2)
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+    assert found.min() >= 0 and found.max() <= 1 and np.ptp(found) > 0.1
+    with torch.no_grad(): embedded = theirs.features2(grey * 2048 - 1024).numpy()
+    np.testing.assert_allclose(features(load_extractor(PUBLISHED), grey, 2), embedded, atol=1e-3 * embedded.max())
+    assert [v.shape[1] for v in layer_features(ours, grey[:1]).values()] == [256, 512, 1024, 1024]
+
+
+def test_weights_that_are_not_here(home):
+    with pytest.raises(FileNotFoundError) as caught: load_classifier(PUBLISHED)
+    message = str(caught.value)
+    assert "(ConnectionError); where there is a network download https://github.com/mlmed/" in message
+    assert message.endswith(f"put it into {home[0]}") and "\n" not in message
+    with pytest.raises(FileNotFoundError, match=r"extractor inception-64: weights-inception-2015-12-05-6726825d.pth is not here"):
+        load_extractor("inception-64")
+
+
+def test_code_in_weights_is_not_run(home, tmp_path):
+    from torchxrayvision import models
+
+    class Evil:
+        def __reduce__(self): return Path.touch, (tmp_path / "ran",)
+
+    path = home[0] / Path(models.model_urls[PUBLISHED]["weights_url"]).name
+    path.parent.mkdir(parents=True)
+    for zipped in (True, False):
+        for content in (Evil(), {"a": Evil()}, {"state": torch.ones(2)}, torch.nn.Linear(2, 2)):
+            torch.save(content, path, _use_new_zipfile_serialization=zipped)
+            with pytest.raises(ValueError, match="delete it and download it again"): load_classifier(PUBLISHED)
+    whole = path.read_bytes()
+    for content in (b"", b"<html>not found</html>", whole[:300], pickle.dumps(Evil())):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="is not the published file .* delete it and download it again"): load_classifier(PUBLISHED)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_inception_is_torchmetrics_own(home, monkeypatch):
+    from torch_fidelity import feature_extractor_inceptionv3 as module
+    torch.manual_seed(0)
+    empty = home[1] / "empty.pth"
+    empty.parent.mkdir(parents=True)
+    torch.save({}, empty)
+    with monkeypatch.context() as patch:
+        patch.setattr(module.FeatureExtractorInceptionV3, "load_state_dict", lambda self, state: None)
+        network = NoTrainInceptionV3("inception-v3-compat", ["2048"], str(empty))
+    path = home[1] / "weights.pth"
+    torch.save(network.state_dict(), path)
+    named = path.rename(path.with_name(f"weights-{judges.sha256(path)[:8]}.pth"))
+    monkeypatch.setattr(module, "URL_INCEPTION_V3", f"https://example.org/{named.name}")
+    colour, grey = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8), torch.randint(0, 256, (2, 64, 64), dtype=torch.uint8)
+    extractor = load_extractor("inception")
+    for images, as_bytes in ((colour, colour), (grey / 255, grey[:, None].expand(-1, 3, -1, -1))):
+        with torch.no_grad(): expected = network(as_bytes).numpy()
+        np.testing.assert_allclose(features(extractor, images), expected, rtol=1e-4, atol=1e-5)
+    assert features(load_extractor("inception-64"), grey).shape == (2, 64)
+    named.write_bytes(named.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="is not whole"): load_extractor("inception")
