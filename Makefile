@@ -13,7 +13,7 @@ export PYTHONNOUSERSITE := 1
 export PYTHONHASHSEED := 0
 
 .DEFAULT_GOAL := help
-.PHONY: help env report test lab benchmarks prepare readme lock clean
+.PHONY: help env report miniature test lab benchmarks prepare readme lock clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 12
@@ -42,6 +42,9 @@ endef
 report: $(READY)  ## run every notebook of the report that is out of date: PROFILE=demo CORES=all
 	$(unlock)
 	$(SNAKEMAKE)
+
+miniature: $(READY)  ## train the parts that cxr_nb/miniature lacks, and measure them (hours on 2 cores; goes on where it stopped)
+	$(BIN)/cxr_nb run C_miniature --profile demo -p train true
 
 benchmarks: $(READY)  ## measure the speed ratios (D_benchmarks), outside the report's budget
 	$(unlock)
