@@ -8,7 +8,7 @@ __all__ = ['CHEXPERT_LABELS', 'COHORT_COLUMNS', 'NIH_FINDINGS', 'MESH_TERMS', 'L
            'read_openi', 'impression_section', 'labels_from_mesh', 'openi_cohort', 'read_folder', 'report_texts',
            'apply_label_policy', 'hash_uniform', 'with_splits', 'sample_frontal', 'image_paths', 'CohortImages',
            'only_finding', 'few_shot_candidates', 'read_few_shot_choice', 'sample_captions', 'single_label', 'wording',
-           'text_evaluation_set', 'label_agreement', 'named_folders']
+           'text_evaluation_set', 'label_agreement', 'named_folders', 'text_sets']
 
 # %% ../nbs/21_datasets.ipynb #11561e7a
 import gzip
@@ -668,7 +668,7 @@ def read_folder(
     root: Path,  # a folder with images and one CSV, or the path of the CSV
     source: str,  # the name of the data set in the cohort
 ) -> pd.DataFrame:  # a cohort table, one row per row of the CSV
-    """Read a plain folder of radiographs; no image is opened.
+    """Read a plain folder of radiographs, or of reports alone; no image is opened.
 
     Raises FileNotFoundError for a folder without a CSV and ValueError for a
     missing column, a label that is none, a row that stands there twice or a
@@ -676,7 +676,9 @@ def read_folder(
     """
     path, folder = _folder_table(root)
     header = _header(path)
-    needed, known = ["image", "patient_id", "view"], ["study_id", "sex", "age", "report_path"]
+    key = "study_id" if "image" not in header and "report_path" in header else "image"
+    needed = [key, "patient_id", "view"]
+    known = [c for c in ("study_id", "sex", "age", "report_path") if c in header and c != key]
     of = {c: label for c in header for label in CHEXPERT_LABELS if slug(c) == slug(label)}
     lists = ["finding_labels"] if "finding_labels" in header else []
     if not of and not lists:
@@ -685,31 +687,32 @@ def read_folder(
         raise ValueError(f"{path}: has finding_labels and column '{next(iter(of))}'; keep one kind of labels")
     if len(set(of.values())) < len(of):
         raise ValueError(f"{path}: two columns have the same label among {', '.join(of)}")
-    table = _read_table(path, [*needed, *(c for c in known if c in header), *lists], list(of))
-    _refuse_duplicates(table, "image", path)
+    table = _read_table(path, [*needed, *known, *lists], list(of))
+    _refuse_duplicates(table, key, path)
     for column in {"image", "report_path"} & set(table):
         _refuse_escapes(table[column], path)
     rows = table.rename(columns=of)
     if not of:
         rows = rows.join(_labels_from_names(table.finding_labels, _FOLDER_FINDINGS, path, unlisted=np.nan))
-    return _as_cohort(_folder_rows(rows, folder, path), source)
+    return _as_cohort(_folder_rows(rows, key, folder, path), source)
 
 # %% ../nbs/21_datasets.ipynb #e75168ee
 _FOLDER_FINDINGS = NIH_FINDINGS | {label: label for label in CHEXPERT_LABELS}
 
 
-def _folder_rows(rows, folder, path):
+def _folder_rows(rows, key, folder, path):
     "What a plain folder leaves open: ids from the file names, a study per image, views and patients checked."
     wrong = ~rows["view"].isin(["AP", "PA", "lateral", ""])
     _refuse(wrong, path, lambda row: f": view {rows['view'].iloc[row]!r} is none of AP, PA, lateral, blank")
-    for column, why in (("patient_id", "; splits are by patient"), ("image", "")):
+    for column, why in (("patient_id", "; splits are by patient"), (key, "")):
         _refuse(rows[column] == "", path, lambda row: f": {column} is blank{why}")
+    if "age" in rows: rows["age"] = _numbers(rows.age, path)
+    if key == "study_id": return rows
     beside, inside = ({p.name for p in place.glob("*")} for place in (folder, folder / "images"))
     first = rows.image.str.partition("/")[0]
     rows["image_path"] = np.where(first.isin(inside - beside), "images/" + rows.image, rows.image)
     rows["image_id"] = rows.image.str.replace(r"(?i)\.(?:png|jpe?g)$", "", regex=True)
     _refuse_duplicates(rows[["image_id", "image"]], "image_id", path)
-    if "age" in rows: rows["age"] = _numbers(rows.age, path)
     if "study_id" not in rows: rows["study_id"] = ""
     return rows.assign(study_id=rows.study_id.where(rows.study_id != "", rows.image_id))
 
@@ -1132,7 +1135,18 @@ def named_folders(
         if not name or not place: raise ValueError(f"folders: {text!r} is not of the form Name=folder")
         taken = {slug(n) for n in (*RESTRICTED, "Open-i", "NIH ChestX-ray14", *found)}
         if slug(name) in taken: raise ValueError(f"folders: the name {name!r} is taken")
-        if not slug(name) or re.match(r"(text|few_shot|captions|sources)|.*_(sample|problems)$", slug(name)):
+        if not slug(name) or re.match(r"(text|classes|few_shot|captions|sources)|.*_(sample|problems)$", slug(name)):
             raise ValueError(f"folders: {name!r} cannot name files beside the others in cohorts/; take another name")
         found[name] = outputs / place if place.startswith("images/") else find_path(place)
     return found
+
+# %% ../nbs/21_datasets.ipynb #41eeea33
+def text_sets(
+    text_sources: list[str],  # each "Name" or "Name=folder"
+) -> dict[str, str]:  # name -> what its file names end with: nothing for the first, its slug for a further one
+    "Names and suffixes of the text sources; raises ValueError where there is none or two share a name."
+    names = [text.partition("=")[0].strip() for text in text_sources]
+    if not names: raise ValueError("text_sources: empty; name a data set with reports")
+    twice = [name for i, name in enumerate(names) if slug(name) in map(slug, names[:i])]
+    if twice: raise ValueError(f"text_sources: the name {twice[0]!r} is there twice")
+    return {name: f"_{slug(name)}" if i else "" for i, name in enumerate(names)}

@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['FIELD', 'DEVICES', 'DRAW', 'TISSUE', 'BONE', 'LUNG', 'FREQUENCY', 'COMPANY', 'BOTH_SIDES', 'MIDLINE', 'ZONES',
-           'SIZES', 'PHRASES', 'NORMAL', 'ADVICE', 'DENIALS', 'VARIANTS', 'SPOILT', 'Body', 'draw_body', 'Exposure',
-           'draw_exposure', 'Finding', 'Scene', 'attenuation', 'develop', 'mark', 'radiograph', 'draw_findings',
-           'report', 'write_phantoms']
+           'SIZES', 'PHRASES', 'NORMAL', 'ADVICE', 'DENIALS', 'VARIANTS', 'SPOILT', 'LABELS', 'Body', 'draw_body',
+           'Exposure', 'draw_exposure', 'Finding', 'Scene', 'attenuation', 'develop', 'mark', 'radiograph',
+           'draw_findings', 'report', 'write_phantoms', 'write_phantom_reports']
 
 # %% ../nbs/03_phantoms.ipynb #46b6436e
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -757,11 +757,7 @@ def draw_findings(
             names += [n for n, share in COMPANY.items() if n not in names and rng.random() < share]
     found = [f for name in names for f in _finding(rng, name, view)]
     if rng.random() < (0.5 if view == "AP" else 0.12):
-        kinds = rng.choice(DEVICES, rng.integers(1, 3), False, [0.15, 0.2, 0.3, 0.13, 0.07, 0.15])
-        found += [
-            Finding("Support Devices", int(rng.choice([-1, 1])), kind=str(kind), seed=int(rng.integers(2**31)))
-            for kind in kinds
-        ]
+        found += _devices(rng)
     variants = {"leads": 0.35 if view == "AP" else 0.04, "high diaphragm": 0.15, "full hila": 0.2, "granuloma": 0.08}
     sides = rng.choice([-1, 1], len(variants))
     return found + [
@@ -772,6 +768,14 @@ def draw_findings(
 
 # %% ../nbs/03_phantoms.ipynb #d1b499b5
 ZONES = ("upper", "mid", "lower")
+
+def _devices(rng):
+    "One device or two."
+    kinds = rng.choice(DEVICES, rng.integers(1, 3), False, [0.15, 0.2, 0.3, 0.13, 0.07, 0.15])
+    return [
+        Finding("Support Devices", int(rng.choice([-1, 1])), kind=str(kind), seed=int(rng.integers(2**31)))
+        for kind in kinds
+    ]
 
 def _finding(rng, name, view):
     "One finding, on one side or both."
@@ -983,4 +987,38 @@ def write_phantoms(
     # last, for a folder with its table is a whole one
     with written_whole(folder / "phantoms.csv") as path:
         table.to_csv(path, index=False, lineterminator="\n")
+    return table
+
+# %% ../nbs/03_phantoms.ipynb #af9c91f8
+LABELS = (*FREQUENCY, "Support Devices", "No Finding")
+
+
+def _write_report(number, folder, seed):
+    "A report whose only positive label is the one whose turn it is."
+    rng, label = np.random.default_rng([seed, number, len(LABELS)]), LABELS[number % len(LABELS)]
+    body, exposure = draw_body(rng), draw_exposure(rng)
+    if label == "No Finding": findings = []
+    elif label == "Support Devices": findings = _devices(rng)
+    else: findings = [replace(f, doubt=False) for f in _finding(rng, label, exposure.view)]
+    text, stated = report(findings, exposure, rng)
+    name = f"r{number + 1:05}"
+    with written_whole(folder / "reports" / f"{name}.txt") as path: path.write_text(text)
+    row = {"patient_id": name, "study_id": name, "view": exposure.view, "sex": body.sex, "age": body.age}
+    return row | {"report_path": f"reports/{name}.txt"} | stated | {"No Finding": 1 if not findings else np.nan}
+
+# %% ../nbs/03_phantoms.ipynb #3d27a61a
+def write_phantom_reports(
+    folder: Path,  # reports/ and phantoms.csv are written here
+    per_label: int,  # reports of each of LABELS
+    seed: int = 0,  # another seed gives other reports
+) -> pd.DataFrame:  # the rows of phantoms.csv, one patient each
+    """Write a cohort of phantoms' reports without images, each label the only positive one of equally many.
+
+    A report depends on the seed and its number alone. Wordings repeat, the more
+    the larger the cohort. Raises ValueError for fewer than one report of a label.
+    """
+    if per_label < 1: raise ValueError(f"{per_label} reports of each label: at least 1")
+    table = pd.DataFrame([_write_report(i, Path(folder), seed) for i in range(per_label * len(LABELS))])
+    table = table[[*table.columns[:6], *sorted(LABELS)]]  # the ids first
+    with written_whole(Path(folder) / "phantoms.csv") as path: table.to_csv(path, index=False, lineterminator="\n")
     return table

@@ -143,7 +143,7 @@ def place(
     line = horizon + (0.06 * fractal(rng, size, 1.8)[0] if name in _PLACES and name != "at the sea" else 0)
     return np.where((height > line)[..., None], ground, upper)
 
-# %% ../nbs/05_pictures.ipynb #1c4eed51
+# %% ../nbs/05_pictures.ipynb #6622a3af
 def _circle(d, x, y, r, fill): d.ellipse([x - r, y - r, x + r, y + r], fill=fill)
 
 def _shape(d, x, y, r, points, fill): d.polygon([(x + r * px, y + r * py) for px, py in points], fill=fill)
@@ -182,6 +182,7 @@ def _boat(d, x, y, r, main, dark, light):
     _shape(d, x, y, r, [(-0.04, -1), (0.04, -1), (0.04, 0.4), (-0.04, 0.4)], dark)
     _shape(d, x, y, r, [(0.08, -0.9), (0.85, 0.25), (0.08, 0.25)], light)
 
+# %% ../nbs/05_pictures.ipynb #c022cf3e
 def _fish(d, x, y, r, main, dark, light):
     d.ellipse([x - r, y - 0.5 * r, x + 0.6 * r, y + 0.5 * r], fill=main)
     _shape(d, x, y, r, [(0.4, 0), (1, -0.5), (1, 0.5)], dark)

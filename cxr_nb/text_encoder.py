@@ -6,7 +6,7 @@
 __all__ = ['ENCODERS', 'EXTRACTIONS', 'SIMILARITIES', 'EncoderSource', 'encoder_source', 'checkpoint_folder', 'TextEncoder',
            'projection_head', 'load_text_encoder', 'provenance', 'embed', 'retrieval_scores', 'dot_product', 'cosine',
            'chexpert_at_k', 'chance', 'bags_of_words', 'intersection_over_union', 'fit_tfidf_svd', 'embeddings_frame',
-           'read_embeddings']
+           'read_of_reports', 'read_embeddings']
 
 # %% ../nbs/24_text_encoder.ipynb #aeed2725
 import json
@@ -474,29 +474,29 @@ def fit_tfidf_svd(
 
 # %% ../nbs/24_text_encoder.ipynb #cf3541ba
 def embeddings_frame(
-    study_ids: list[str],  # (n,)
+    reports: pd.DataFrame,  # n rows with source and study_id
     embeddings: dict[str, torch.Tensor],  # extraction -> (n, width)
-) -> pd.DataFrame:  # study_id, extraction, embedding (a list of numbers)
+) -> pd.DataFrame:  # source, study_id, extraction, embedding (a list of numbers)
     "Embeddings of all extractions as one long table, one row per report and extraction."
-    return pd.concat(
-        [
-            pd.DataFrame(
-                {"study_id": list(study_ids), "extraction": name, "embedding": list(np.asarray(e, dtype=np.float32))}
-            )
-            for name, e in embeddings.items()
-        ],
-        ignore_index=True,
-    )
+    ids = reports[["source", "study_id"]]
+    rows = [ids.assign(extraction=n, embedding=list(np.asarray(e, dtype=np.float32))) for n, e in embeddings.items()]
+    return pd.concat(rows, ignore_index=True)
+
+def read_of_reports(
+    path: Path,  # a measure with source and study_id, of one evaluation set or several
+    reports: pd.DataFrame,  # one set's rows, with source and study_id
+) -> pd.DataFrame:  # the measure's rows of these reports, by study_id
+    "Read what was measured of one set of reports; raises ValueError unless the file has them, and no others of theirs."
+    rows = pd.read_parquet(path)
+    rows = rows[rows.source.isin(reports.source)].set_index("study_id")
+    if set(rows.index) != set(reports.study_id):
+        raise ValueError(f"{path}: made from other reports; run 24_text_encoder again")
+    return rows
 
 def read_embeddings(
-    path: Path,  # a parquet file written from `embeddings_frame`
-    study_ids: list[str],  # the order to return
-) -> dict[str, torch.Tensor]:  # extraction -> (n, width)
-    "Read embeddings back; raises ValueError unless they are those of the given reports."
-    found = {}
-    for name, rows in pd.read_parquet(path).groupby("extraction", sort=False):
-        rows = rows.set_index("study_id").embedding
-        if set(rows.index) != set(study_ids):
-            raise ValueError(f"{path}: holds embeddings of other reports; run 24_text_encoder again")
-        found[name] = torch.from_numpy(np.stack(rows.loc[list(study_ids)].to_list()))
-    return found
+    path: Path,  # a parquet file of rows of `embeddings_frame`
+    reports: pd.DataFrame,  # one set's rows, with source and study_id
+) -> dict[str, torch.Tensor]:  # extraction -> (n, width), in the order of the reports
+    "Read one set's embeddings back; raises ValueError where they are of other reports."
+    of = read_of_reports(path, reports).groupby("extraction", sort=False).embedding
+    return {name: torch.from_numpy(np.stack(rows.loc[reports.study_id].to_list())) for name, rows in of}

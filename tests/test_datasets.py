@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from cxr_nb.datasets import CHEXPERT_LABELS, COHORT_COLUMNS, impression_section, label_agreement, openi_archive, openi_cohort, read_cohort, read_openi, report_texts, single_label, text_evaluation_set
+from cxr_nb.datasets import CHEXPERT_LABELS, COHORT_COLUMNS, impression_section, label_agreement, openi_archive, openi_cohort, read_cohort, read_folder, read_openi, report_texts, single_label, text_evaluation_set
 
 REPORT = """<eCitation><uId id="{uid}"/><AbstractText Label="FINDINGS">{findings}</AbstractText>
 <AbstractText Label="IMPRESSION">{impression}</AbstractText><MeSH>{mesh}</MeSH></eCitation>"""
@@ -147,3 +147,25 @@ def test_unreadable_sources_and_references_are_named():
     with pytest.raises(ValueError, match="no reader for the reports of source 'elsewhere'"): report_texts(rows.assign(source="elsewhere"))
     with pytest.raises(ValueError, match="column 'filename' is missing"): label_agreement(rows, pd.DataFrame({"Edema": [1]}))
     with pytest.raises(ValueError, match="none of their file names"): label_agreement(rows, pd.DataFrame({"filename": ["y"], "Edema": [1]}))
+
+
+REPORTS_ALONE = "study_id,patient_id,view,Edema,report_path\n"
+
+
+@pytest.mark.parametrize("rows, message", [
+    ("s1,p,AP,1,one.txt\ns1,p,AP,1,one.txt\n", r"t.csv: row 3 repeats row 2 \(study_id s1\)"),
+    (",p,AP,1,one.txt\n", "t.csv: row 2: study_id is blank"),
+    ("s1,,AP,1,one.txt\n", "t.csv: row 2: patient_id is blank; splits are by patient"),
+    ("s1,p,AP,1,../one.txt\n", "t.csv: row 2: path '../one.txt' leads out"),
+    ("s1,p,XY,1,one.txt\n", "t.csv: row 2: view 'XY' is none of"),
+])
+def test_a_folder_of_reports_alone_is_checked_as_one_with_images(tmp_path, rows, message):
+    (tmp_path / "t.csv").write_text(REPORTS_ALONE + rows)
+    with pytest.raises(ValueError, match=message): read_folder(tmp_path, "Told")
+
+
+def test_a_folder_without_images_or_reports_is_none(tmp_path):
+    (tmp_path / "t.csv").write_text("study_id,patient_id,view,Edema\ns1,p,AP,1\n")
+    with pytest.raises(ValueError, match="t.csv: column 'image' is missing"): read_folder(tmp_path, "Told")
+    (tmp_path / "t.csv").write_text("patient_id,view,Edema,report_path\np,AP,1,one.txt\n")
+    with pytest.raises(ValueError, match="t.csv: column 'study_id' is missing"): read_folder(tmp_path, "Told")

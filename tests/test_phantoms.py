@@ -3,11 +3,12 @@ import json
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
 from PIL import Image
 
-from cxr_nb.datasets import CHEXPERT_LABELS, few_shot_candidates, impression_section, read_folder, report_texts, with_splits
-from cxr_nb.phantoms import DEVICES, FREQUENCY, MIDLINE, PHRASES, Finding, Scene, attenuation, draw_body, draw_exposure, draw_findings, mark, radiograph, report, write_phantoms
+from cxr_nb.datasets import CHEXPERT_LABELS, LABEL_POLICIES, few_shot_candidates, impression_section, read_folder, report_texts, single_label, text_evaluation_set, with_splits, wording
+from cxr_nb.phantoms import DEVICES, FREQUENCY, LABELS, MIDLINE, PHRASES, Finding, Scene, attenuation, draw_body, draw_exposure, draw_findings, mark, radiograph, report, write_phantom_reports, write_phantoms
 
 RNG = np.random.default_rng(8)
 BODY = draw_body(RNG)
@@ -127,3 +128,30 @@ def test_burnt_in_text_lies_in_its_boxes_and_nowhere_else():
             texts += 1
         assert not (changed & ~inside).any()
     assert texts > 25
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_reports_alone_make_the_whole_evaluation_set(tmp_path, seed):
+    "The paper's protocol: 50 reports of each of 14 classes, one class each, no impression twice, whatever the policy."
+    write_phantom_reports(tmp_path, 100, seed)
+    assert set(LABELS) == set(CHEXPERT_LABELS)
+    read = read_folder(tmp_path, "Alone")
+    assert (read.image_path == "").all() and read.patient_id.is_unique
+    impressions = report_texts(read, {"Alone": tmp_path}).map(impression_section)
+    chosen = {policy: text_evaluation_set(read, impressions, policy, 50, 50)[0] for policy in list(LABEL_POLICIES)[:3]}
+    for rows in chosen.values():
+        assert rows.label.value_counts().to_dict() == dict.fromkeys(CHEXPERT_LABELS, 50)
+        assert not wording(impressions.set_axis(read.study_id)[rows.study_id]).duplicated().any()
+    pd.testing.assert_frame_equal(*list(chosen.values())[:2])
+
+
+def test_a_report_alone_speaks_of_its_label_and_of_no_other(tmp_path):
+    write_phantom_reports(tmp_path, 30)
+    read = read_folder(tmp_path, "Alone")
+    texts = report_texts(read, {"Alone": tmp_path}).str.lower()
+    labels = single_label(read, "uncertain_positive_missing_negative")
+    words = {"Pneumothorax": "pneumothorax", "Fracture": "fracture", "Edema": "edema", "Pneumonia": "pneumonia", "Cardiomegaly": "cardiomegaly"}
+    for label, word in words.items():
+        said = texts.str.replace(rf"[^.]*\b(?:no|not|without)\b[^.]*\.", "", regex=True)  # denials aside
+        assert said[labels == label].str.contains(f"{word}|enlarge").all() and not said[labels != label].str.contains(word).any()
+    assert not texts.str.contains("possible|questionable|cannot be excluded").any()

@@ -174,3 +174,19 @@ def test_folder_wins_over_a_hub_id_of_the_same_name(made, tmp_path, monkeypatch)
     monkeypatch.chdir(tmp_path)
     shutil.copytree(made["RadBERT"][0], tmp_path / "my/bert")
     assert checkpoint_folder(EncoderSource("RadBERT", "my/bert")).resolve() == tmp_path / "my/bert"
+
+
+@pytest.mark.parametrize("name, part", [("CLIP", "text_encoder"), ("CXR-BERT-general", "."), ("CXR-BERT-specialized", ".")])
+def test_half_precision_is_read_in_single(made, tmp_path, name, part):
+    "The miniature's layout: safetensors in half precision, whose configuration says they open in single."
+    from safetensors.torch import save_file
+    folder = shutil.copytree(made[name][0], tmp_path / "half") / part
+    weights = torch.load(folder / "pytorch_model.bin", weights_only=True)
+    save_file({k: (v.half() if v.is_floating_point() else v).contiguous() for k, v in weights.items()}, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "pytorch_model.bin").unlink()
+    (folder / "config.json").write_text(json.dumps(json.loads((folder / "config.json").read_text()) | {"dtype": "float32"}))
+    encoder = load_text_encoder(f"{name}={tmp_path / 'half'}")
+    assert {p.dtype for module in (encoder.model, encoder.head) if module for p in module.parameters()} == {torch.float32}
+    a, b = embed(encoder, TEXTS, progress=False)[0], embed(load(made, name), TEXTS, progress=False)[0]
+    assert a.keys() == b.keys()
+    for key in a: torch.testing.assert_close(a[key], b[key], atol=0.05, rtol=0.05)
