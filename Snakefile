@@ -18,11 +18,18 @@ except (FileNotFoundError, KeyError, TypeError, ValueError) as error:
 text = PARAMETERS["24_text_encoder"]
 ENCODERS = [core.slug(line.partition("=")[0]) for line in text["encoders"]] + ["tf_idf_svd"] * bool(text["svd_components"])
 EMBEDDINGS = [f"measures/text_embeddings_{name}.parquet" for name in ENCODERS]
-FIGURES = [f"tsne_{name}" for name in ["bag_of_words", *ENCODERS]]
-FIGURES += [f for f in ("figure_6", "figure_7", "figure_8") if PARAMETERS["B_text_clusters"][f]]
+FIGURES = [f for f in ("figure_6", "figure_7", "figure_8") if PARAMETERS["B_text_clusters"][f]]
+# what file names of each text source end with, as datasets.text_sets has it
+SETS = ["", *(f"_{core.slug(line.partition('=')[0])}" for line in PARAMETERS["21_datasets"]["text_sources"][1:])]
 
 
 def figures(*names): return [f"figures/{name}.{kind}" for name in names for kind in ("png", "svg")]
+
+
+def sheets(*names): return [f"figures/{name}.png" for name in names]
+
+
+def of_sets(name, *kinds): return [f"{name}{of}.{kind}" for of in SETS for kind in kinds]
 
 
 def cohorts():
@@ -31,40 +38,53 @@ def cohorts():
     keys = {"chexpert": "chexpert", "mimic_cxr": "mimic_cxr", "openi_images": "open_i", "nih": "nih_chestx_ray14"}
     own = [core.slug(line.partition("=")[0]) for line in data["folders"]]
     images = [name for key, name in keys.items() if data[key]] + own
-    files = ["sources.json", "text_reports.csv", "text_evaluation.csv", "text_evaluation_classes.csv"]
+    files = ["sources.json", *(f"{name}{of}.csv" for name in ("text_reports", "text_evaluation", "text_evaluation_classes") for of in SETS)]
     files += [f"{name}.csv" for name in dict.fromkeys(["open_i", "nih_chestx_ray14", *images])]
     files += [f"{name}_sample.csv" for name in images]
     files += ["few_shot_candidates.csv", "few_shot.csv"] * bool(data["few_shot_source"]) + ["captions.parquet"] * bool(data["laion_400m"])
     drawn = ["cohort_labels", "cohort_patients", "cohort_cooccurrence", "text_evaluation_classes"]
-    drawn += [f"cohort_sample_{name}" for name in images] + ["few_shot_candidates"] * bool(data["few_shot_source"])
-    return [f"cohorts/{file}" for file in files] + ["tables/cohorts.csv", *figures(*drawn)]
+    shown = [f"cohort_sample_{name}" for name in images] + ["few_shot_candidates"] * bool(data["few_shot_source"])
+    return [f"cohorts/{file}" for file in files] + ["tables/cohorts.csv", *figures(*drawn), *sheets(*shown)]
 
+
+def phantoms_in(name):
+    "What a parameter that names folders reads of 03_phantoms."
+    named = [line.replace(" ", "").partition("=")[2] for line in PARAMETERS["21_datasets"][name]]
+    return [f"{place}/phantoms.csv" for place in ("images/phantoms", "images/phantom_reports") if place in named]
+
+
+MADE = core.repo_root() / "cxr_nb" / "miniature" / "made.json"
 
 # notebook: (files it reads, files it writes), below outputs/<profile>
 GRAPH = {
-    "03_phantoms": ([], ["images/phantoms/phantoms.csv", "images/phantoms/truth.json", *figures("phantoms", "phantom_findings")]),
+    "03_phantoms": ([], ["images/phantoms/phantoms.csv", "images/phantoms/truth.json", "images/phantom_reports/phantoms.csv", *sheets("phantoms", "phantom_findings")]),
     "21_datasets": (
-        ["images/phantoms/phantoms.csv"] * any("=images/phantoms" in line.replace(" ", "") for line in PARAMETERS["21_datasets"]["folders"]),
+        [*phantoms_in("folders"), *phantoms_in("text_sources")],
         cohorts(),
     ),
     "24_text_encoder": (
-        ["cohorts/sources.json", "cohorts/text_reports.csv", "cohorts/text_evaluation.csv"],
+        ["cohorts/sources.json", *of_sets("cohorts/text_reports", "csv"), *of_sets("cohorts/text_evaluation", "csv")],
         ["measures/text_encoders.json", "measures/bag_of_words.parquet", *EMBEDDINGS],
     ),
     "33_text_encoder_results": (
         [
-            "cohorts/sources.json", "cohorts/text_reports.csv", "cohorts/text_evaluation.csv", "cohorts/text_evaluation_classes.csv",
+            "cohorts/sources.json", *of_sets("cohorts/text_reports", "csv"), *of_sets("cohorts/text_evaluation", "csv"),
+            *of_sets("cohorts/text_evaluation_classes", "csv"),
             "records/21_datasets.json", "measures/text_encoders.json", "measures/bag_of_words.parquet", *EMBEDDINGS,
         ],
         [
-            "measures/chexpert_at_k.parquet", "tables/table_2.csv", "tables/table_3.csv", "tables/evaluation_set_draws.csv",
-            *figures("chexpert_at_k"),
+            "measures/chexpert_at_k.parquet", *of_sets("tables/table_2", "csv"), *of_sets("tables/table_3", "csv"),
+            *of_sets("tables/evaluation_set_draws", "csv"), *of_sets("figures/chexpert_at_k", "png", "svg"),
         ],
     ),
     "B_text_clusters": (
-        ["cohorts/text_evaluation.csv", "measures/chexpert_at_k.parquet", "measures/bag_of_words.parquet", *EMBEDDINGS],
-        ["measures/tsne.parquet", *figures(*FIGURES)],
+        [
+            "cohorts/sources.json", *of_sets("cohorts/text_evaluation", "csv"), "measures/chexpert_at_k.parquet",
+            "measures/bag_of_words.parquet", *EMBEDDINGS,
+        ],
+        ["measures/tsne.parquet", *of_sets("figures/tsne", "png"), *figures(*FIGURES)],
     ),
+    "C_miniature": ([], ["tables/miniature.csv", *figures("miniature_losses"), *(sheets("miniature_prompts") if "unet" in MADE.read_text() else [])]),
     "D_benchmarks": (["cohorts/sources.json", "cohorts/text_evaluation.csv"], ["tables/benchmarks.csv"]),
 }
 
@@ -76,6 +96,10 @@ EDITED = {
         for key in ("few_shot_choice", "reference_labels") if PARAMETERS["21_datasets"][key]
     ],
 }
+
+# a model that was made anew reruns what uses it
+for name, section in PARAMETERS.items():
+    if "cxr_nb/miniature" in str(section): EDITED.setdefault(name, []).append(str(MADE))
 
 for name in GRAPH:
     if name not in PARAMETERS:
