@@ -53,7 +53,7 @@ def phantoms_in(name):
     return [f"{place}/phantoms.csv" for place in ("images/phantoms", "images/phantom_reports") if place in named]
 
 
-MADE = core.repo_root() / "cxr_nb" / "miniature" / "made.json"
+MADE = Path("cxr_nb/miniature/made.json")
 
 # notebook: (files it reads, files it writes), below outputs/<profile>
 GRAPH = {
