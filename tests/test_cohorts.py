@@ -573,7 +573,7 @@ def test_another_edit_of_the_choice_runs_it_again(ran, project, run_in):
 def test_a_broken_image_stops_the_run_before_anything_is_written(project, run_in, tmp_path):
     trees.plain(tmp_path / "spoilt")
     cut(tmp_path / "spoilt/images/001.png")
-    done = run_in(project, "cxr_nb", "run", "21_datasets", "--profile", "smoke", "-p", "folders", f"[Mine={tmp_path}/spoilt]", "-p", "sample_size", 18)
+    done = run_in(project, "cxr_nb", "run", "21_datasets", "--profile", "smoke", "-p", "folders", f"[Mine={tmp_path}/spoilt]", "-p", "text_sources", "[Open-i]", "-p", "sample_size", 18)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert "ValueError: Mine: 1 of 18 images cannot be used; row 0 of the sample: " in done.stderr and "001.png: is broken or truncated" in done.stderr
     out = project / "outputs/smoke"

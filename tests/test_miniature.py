@@ -18,11 +18,11 @@ from cxr_nb.text_encoder import embed, load_text_encoder
 MINIATURE = Path(str(resources.files("cxr_nb"))) / "miniature"
 
 TRAIN = """
-import sys, torch
+import sys, time, torch
 from torch import nn
 from cxr_nb.miniature import fit
+torch.set_num_threads(1)  # sums depend on it
 def run(work, steps=300, pause=0.0):
-    import time
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(4, 16), nn.BatchNorm1d(16), nn.Tanh(), nn.Linear(16, 1))
     def loss(step):
