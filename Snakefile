@@ -47,13 +47,48 @@ def cohorts():
     return [f"cohorts/{file}" for file in files] + ["tables/cohorts.csv", *figures(*drawn), *sheets(*shown)]
 
 
+MADE = Path("cxr_nb/miniature/made.json")
+
+
+def has(notebook, *parts):
+    "Whether the model a notebook takes has these parts, which the miniature gets one by one."
+    return "cxr_nb/miniature" not in PARAMETERS[notebook]["stable_diffusion"] or all(f'"{part}"' in MADE.read_text() for part in parts)
+
+
+def original_images():
+    "What 22_stable_diffusion samples."
+    own = PARAMETERS["22_stable_diffusion"]
+    names = [f"{core.slug(prompt)}/{i:04}.png" for prompt in own["prompts"] for i in range(own["images_per_prompt"])]
+    return [f"images/original/{name}" for name in names] + sheets("images_original") * bool(names)
+
+
+def autoencoder_graph():
+    "The study of the VAE, where the profile has radiographs for it."
+    own = PARAMETERS["23_autoencoder"]
+    if not own["sources"] or not has("23_autoencoder", "vae"): return {}
+    cohort = ["cohorts/sources.json", *(f"cohorts/{core.slug(source)}_sample.csv" for source in own["sources"])]
+    pairs = [f"measures/reconstruction{kind}.parquet" for kind in ("", "_probabilities", "_similarity")]
+    sets = [f"measures/reconstruction_features_{core.slug(Path(name).name)}.parquet" for name in own["extractors"]]
+    shown = [
+        f"images/autoencoder/{core.slug(source)}/{side}/{i:04}.png"
+        for source in own["sources"] for side in ("original", "reconstruction") for i in range(own["examples"])
+    ]
+    drawn = [*figures("figure_3", "reconstruction_by_size"), *sheets("reconstruction_examples")]
+    tables = ["table_1", "reconstruction", "reconstruction_by_size", "reconstruction_distances"]
+    made = [*pairs, *sets, "records/23_autoencoder.json", *cohort[1:]]
+    phantoms = ["images/phantoms/truth.json"] * bool(phantoms_in("folders"))
+    return {
+        "23_autoencoder": ([*cohort, *phantoms], [*pairs, *sets, *shown]),
+        "32_autoencoder_results": ([*made, *shown], [*(f"tables/{name}.csv" for name in tables), *drawn]),
+        "A_chexpert_reconstruction": (made, ["tables/table_6.csv", "tables/reconstruction_chexpert.csv"]),
+    }
+
+
 def phantoms_in(name):
     "What a parameter that names folders reads of 03_phantoms."
     named = [line.replace(" ", "").partition("=")[2] for line in PARAMETERS["21_datasets"][name]]
     return [f"{place}/phantoms.csv" for place in ("images/phantoms", "images/phantom_reports") if place in named]
 
-
-MADE = Path("cxr_nb/miniature/made.json")
 
 # notebook: (files it reads, files it writes), below outputs/<profile>
 GRAPH = {
@@ -62,6 +97,7 @@ GRAPH = {
         [*phantoms_in("folders"), *phantoms_in("text_sources")],
         cohorts(),
     ),
+    **({"22_stable_diffusion": ([], [*figures("figure_2"), *original_images()])} if has("22_stable_diffusion", "unet") else {}),
     "24_text_encoder": (
         ["cohorts/sources.json", *of_sets("cohorts/text_reports", "csv"), *of_sets("cohorts/text_evaluation", "csv")],
         ["measures/text_encoders.json", "measures/bag_of_words.parquet", *EMBEDDINGS],
@@ -84,8 +120,9 @@ GRAPH = {
         ],
         ["measures/tsne.parquet", *of_sets("figures/tsne", "png"), *figures(*FIGURES)],
     ),
-    "C_miniature": ([], ["tables/miniature.csv", *figures("miniature_losses"), *(sheets("miniature_prompts") if "unet" in MADE.read_text() else [])]),
+    "C_miniature": ([], ["tables/miniature.csv", *figures("miniature_losses"), *(sheets("miniature_prompts") if '"unet"' in MADE.read_text() else [])]),
     "D_benchmarks": (["cohorts/sources.json", "cohorts/text_evaluation.csv"], ["tables/benchmarks.csv"]),
+    **autoencoder_graph(),
 }
 
 
