@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 from torch import nn
 from tqdm.auto import tqdm
 
+from .autoencoder import LABEL_TARGETS
 from .core import sha256, torch_device, versions, written_whole
 from .datasets import impression_section
 from .images import load_radiograph
@@ -371,9 +372,6 @@ def train_report_bert(sections, tokenizer, work, steps, seed, device, batch=32):
     return model, fit("reports", model, loss, steps, 7e-4, work, seed)
 
 # %% ../nbs/C_miniature.ipynb #7ddb0e6a
-_NAMES = {  # CheXpert's name -> torchxrayvision's, where they differ
-    "Pleural Effusion": "Effusion", "Pleural Other": "Pleural_Thickening",
-}
 TARGETS = [  # torchxrayvision's 18 outputs in its order, those without a phantom empty
     "Atelectasis", "Consolidation", "", "Pneumothorax", "Edema", "", "", "Effusion", "Pneumonia", "Pleural_Thickening",
     "Cardiomegaly", "", "", "", "Lung Lesion", "Fracture", "Lung Opacity", "Enlarged Cardiomediastinum",
@@ -424,7 +422,7 @@ def drawn_labels(
     "What was drawn, as labels of TARGETS."
     labels = torch.full((len(studies), len(TARGETS)), torch.nan)
     for row, study in zip(labels, studies):
-        drawn = {_NAMES.get(f["name"], f["name"]) for f in truth[study]["findings"]}
+        drawn = {LABEL_TARGETS.get(f["name"]) for f in truth[study]["findings"]}
         for i, target in enumerate(TARGETS):
             if target: row[i] = float(target in drawn)
     return labels
@@ -465,6 +463,7 @@ def _record(folder, part, log, device, places):
     everything = made(folder) | {part: log | {"device": device.type, "versions": kept, "files": hashes}}
     with written_whole(Path(folder) / "made.json") as partial:
         partial.write_text(json.dumps(everything, indent=1) + "\n")
+
 def _written_half(model, place):
     "Write a transformers model in half precision, to be opened in single: they open as the file's configuration says."
     model.half().save_pretrained(place)
