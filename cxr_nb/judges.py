@@ -281,12 +281,31 @@ def _inception(layer, device):
         return network((colour * 255).round().byte())
     return Extractor(name, f"{RESIZE}, to {network.INPUT_IMAGE_SIZE}", embed)
 
+# %% ../nbs/04_judges.ipynb #7b0f5d11
+def _vision_model(folder, device):
+    from transformers import AutoModel
+    told = json.loads((folder / "preprocessor_config.json").read_text(encoding="utf-8"))
+    if lost := [key for key in ("size", "image_mean", "image_std") if key not in told]:
+        raise ValueError(f"extractor {folder}: preprocessor_config.json lacks {', '.join(lost)}")
+    try: model = AutoModel.from_pretrained(folder, dtype=torch.float32, use_safetensors=True).eval()
+    except (OSError, ValueError) as error:
+        raise ValueError(f"extractor {folder}: {str(error).splitlines()[0]}") from None
+    model.to(torch_device(device))
+    size = next(iter(told["size"].values()))  # of the shortest edge, or of either side: images are square here
+    mean, std = (torch.tensor(told[key], device=model.device).view(3, 1, 1) for key in ("image_mean", "image_std"))
+    def embed(images):
+        colour = _resized(images.to(model.device).expand(-1, 3, -1, -1), size)
+        return model(pixel_values=(colour - mean) / std).pooler_output.flatten(1)
+    return Extractor(folder.name, f"{RESIZE}, to {size}", embed)
+
 # %% ../nbs/04_judges.ipynb #3e196055
 def load_extractor(
-    source: str | Path,  # "inception", "inception-64" (or -192, -768), or what `load_classifier` takes
+    source: str | Path,  # "inception", "inception-64" (or -192, -768), a vision model's folder, a classifier's
     device: str = "cpu",  # torch device, or "auto"
 ) -> Extractor:
-    "Load a feature extractor; raises what `load_classifier` raises."
+    "Load a feature extractor; raises what `load_classifier` raises, and ValueError for a vision model that does not open."
+    folder = find_path(source)
+    if (folder / "preprocessor_config.json").is_file(): return _vision_model(folder, device)
     inception = re.fullmatch(r"inception(?:-(64|192|768|2048))?", str(source))
     if inception: return _inception(inception[1] or "2048", device)
     return classifier_extractor(load_classifier(source, device))
