@@ -120,7 +120,7 @@ GRAPH = {
         ],
         ["measures/tsne.parquet", *of_sets("figures/tsne", "png"), *figures(*FIGURES)],
     ),
-    "C_miniature": ([], ["tables/miniature.csv", *figures("miniature_losses"), *(sheets("miniature_prompts") if '"unet"' in MADE.read_text() else [])]),
+    "C_miniature": ([], ["measures/miniature_effusion.parquet", "tables/miniature.csv", *figures("miniature_losses"), *(sheets("miniature_prompts") if '"unet"' in MADE.read_text() else [])]),
     "D_benchmarks": (["cohorts/sources.json", "cohorts/text_evaluation.csv"], ["tables/benchmarks.csv"]),
     **autoencoder_graph(),
 }

@@ -336,7 +336,8 @@ def write_figure(
     if vector:
         with mpl.rc_context({"svg.hashsalt": name, "svg.fonttype": "none"}):
             self.write(f"figures/{name}.svg", lambda p: figure.savefig(p, bbox_inches="tight", metadata={"Date": None}))
-    self.write(f"figures/{name}.png", lambda p: figure.savefig(p, bbox_inches="tight", dpi=200))
+    # small images are shown two or three times their size as it is: more dots would only weigh
+    self.write(f"figures/{name}.png", lambda p: figure.savefig(p, bbox_inches="tight", dpi=200 if vector else 130))
 
 # %% ../nbs/00_core.ipynb #f159ccdf
 def figure_style() -> None:

@@ -304,9 +304,9 @@ def new_unet(channels):
     from diffusers import UNet2DConditionModel
     return UNet2DConditionModel(
         sample_size=16, in_channels=channels, out_channels=channels, layers_per_block=1,
-        block_out_channels=(48, 96, 128),
-        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        block_out_channels=(64, 96, 128),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
         cross_attention_dim=WIDTH, attention_head_dim=4, norm_num_groups=16,
     )
 
@@ -497,7 +497,7 @@ def labelled_phantoms(
 
 # %% ../nbs/C_miniature.ipynb #4959e6fc
 PARTS = ("vae", "clip", "general", "reports", "judge_a", "judge_b", "unet")
-STEPS = {"vae": 4500, "clip": 2000, "general": 800, "reports": 800, "judge_a": 900, "judge_b": 900, "unet": 6000}
+STEPS = {"vae": 4500, "clip": 2000, "general": 800, "reports": 800, "judge_a": 900, "judge_b": 900, "unet": 8000}
 DATA = {"pictures": 20_000, "latents": 12_000, "patients": 2400}
 
 def _scaled(number, scale): return max(2, round(number * scale))
