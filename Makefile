@@ -52,7 +52,7 @@ benchmarks: $(READY)  ## measure the speed ratios (D_benchmarks), outside the re
 
 test: $(READY)  ## everything that must be green: notebooks, tests, the smoke report, clean and in sync
 	$(BIN)/nbdev_test --n_workers 2
-	$(BIN)/python -m pytest tests -n 2 --dist loadfile
+	$(BIN)/python -m pytest tests -n 2 --dist loadfile --no-loadscope-reorder
 
 lab: $(READY)  ## open JupyterLab on the notebooks (ARGS="--no-browser --port 8890" are handed on)
 	$(BIN)/jupyter lab nbs $(ARGS)

@@ -63,7 +63,7 @@ def test_it_writes_what_was_agreed(report):
         assert len(measured) and measured.ci_low.le(measured.measured).all() and measured.ci_high.ge(measured.measured).all()
         assert (measured.n > 0).all() and (table[table.measured.isna()].n == 0).all()
     drawn = {"figure_8", "figure_6", "figure_7", "chexpert_at_k", "chexpert_at_k_phantom_reports", "text_evaluation_classes", "cohort_labels", "cohort_patients", "cohort_cooccurrence", "figure_2", "figure_3", "reconstruction_by_size", "miniature_losses"}
-    sheets = {"tsne", "tsne_phantom_reports", "phantoms", "phantom_findings", "cohort_sample_phantoms", "few_shot_candidates", "reconstruction_examples", "miniature_prompts"}
+    sheets = {"tsne", "tsne_phantom_reports", "phantoms", "phantom_findings", "cohort_sample_phantoms", "few_shot_candidates", "reconstruction_examples", "miniature_prompts", "images_original"}
     for name in drawn | sheets:
         assert (out / f"figures/{name}.png").stat().st_size > 10_000 and (out / f"figures/{name}.svg").exists() == (name in drawn)
     for name in NOTEBOOKS:
@@ -138,8 +138,7 @@ def test_what_is_missing_is_made_again(report, run_in):
 def test_a_fresh_clone_with_committed_results_runs_everything(report, run_in, tmp_path):
     copy = tmp_path / "clone"
     shutil.copytree(report, copy, ignore=shutil.ignore_patterns(".snakemake", "cohorts", "measures", "images"))
-    # all that 22_stable_diffusion leaves is committed, so the times of its files decide
-    assert would_run(run_in, copy) | {"22_stable_diffusion"} == NOTEBOOKS
+    assert would_run(run_in, copy) == NOTEBOOKS
 
 
 def test_an_unknown_profile_key_stops_everything_with_one_line(report, run_in, edited):
