@@ -335,7 +335,7 @@ def train_unet(moments, states, empty, scaling, work, steps, seed, device, batch
         noisy = scheduler.add_noise(latents, noise, t.to(device)).contiguous(memory_format=torch.channels_last)
         predicted = unet(noisy, t.to(device), encoder_hidden_states=context).sample
         return (weight[t] * ((predicted - noise) ** 2).mean((1, 2, 3))).mean()
-    return unet, fit("unet", unet, loss, steps, 6e-4, work, seed, decay=0.999)
+    return unet, fit("unet", unet, loss, steps, 1e-3, work, seed, decay=0.999)
 
 # %% ../nbs/C_miniature.ipynb #fd55e07d
 def train_wordpiece(
@@ -497,7 +497,7 @@ def labelled_phantoms(
 
 # %% ../nbs/C_miniature.ipynb #4959e6fc
 PARTS = ("vae", "clip", "general", "reports", "judge_a", "judge_b", "unet")
-STEPS = {"vae": 4500, "clip": 2000, "general": 800, "reports": 800, "judge_a": 900, "judge_b": 900, "unet": 8000}
+STEPS = {"vae": 4500, "clip": 2000, "general": 800, "reports": 800, "judge_a": 900, "judge_b": 900, "unet": 6000}
 DATA = {"pictures": 20_000, "latents": 12_000, "patients": 2400}
 
 def _scaled(number, scale): return max(2, round(number * scale))
