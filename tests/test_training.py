@@ -1,0 +1,290 @@
+"Killed processes end as if they had never stopped, two processes as one, cached as uncached; damage is said."
+import multiprocessing
+import os
+import random
+import signal
+import socket
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from cxr_nb.training import LOG, TrainingSettings, cached, checkpoints, diffusion_loss, records, run_frozen, tensors_hash, train
+
+torch.set_num_threads(1)  # sums depend on it
+HOW = {"batch_size": 4, "learning_rate": 0.02, "schedule": "cosine", "warmup": 5, "accumulation": 2, "ema": 0.95, "seed": 3, "device": "cpu"}
+
+
+def small_net():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.Dropout(0.2), nn.Tanh(), nn.Linear(8, 1))
+
+
+def small_run(folder, steps=60, pause=0.0, spoil=None, **settings):
+    "A run with all that has a state: AdamW, average, buffers, dropout; 13 samples in batches of 4, in two parts."
+    net, x = small_net(), torch.randn(13, 3)
+    def loss(batch):
+        time.sleep(pause)
+        if spoil: spoil(len(batch["x"]))
+        return F.mse_loss(net(batch["x"]), batch["y"])
+    data = records({"x": x, "y": x.prod(1, keepdim=True)})
+    log = train(net, loss, data, TrainingSettings(steps, **(HOW | settings)), Path(folder))
+    return net.state_dict(), log
+
+
+def in_process(folder, settings):
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # no progress bar
+    small_run(folder, pause=0.005, **settings)
+
+
+def everything(folder):
+    "The newest checkpoint but for the seconds of its log, flat."
+    def flat(value, name=""):
+        if isinstance(value, dict): return {k: v for key, part in value.items() for k, v in flat(part, f"{name}.{key}").items()}
+        if isinstance(value, list | tuple): return flat(dict(enumerate(value)), name)
+        return {name: value}
+    saved = torch.load(checkpoints(folder)[-1], weights_only=True)
+    saved["log"] = saved["log"][:, : LOG.index("seconds")]
+    return flat(saved)
+
+
+def step_of(folder): return int(found[-1].stem.split("_")[1]) if (found := checkpoints(folder)) else 0
+
+
+def same(a, b):
+    assert a.keys() == b.keys()
+    for key, value in a.items(): assert torch.equal(value, b[key]) if isinstance(value, torch.Tensor) else value == b[key], key
+
+
+@pytest.fixture(scope="module")
+def server():
+    "Processes that begin with everything imported."
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["cxr_nb.training", "pytest", "torch._dynamo"])  # the last comes with the first step
+    return context
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_killed_at_any_moment_it_ends_bit_for_bit_the_same(server, tmp_path, every):
+    steps, dice, kills = 180, random.Random(every), []
+    settings = {"steps": steps, "checkpoint_every": every, "keep": 2}
+    whole, log = small_run(tmp_path / "whole", **settings)
+    for _ in range(4):
+        process = server.Process(target=in_process, args=(tmp_path / "killed", settings))
+        process.start()
+        goal, limit = step_of(tmp_path / "killed") + dice.randint(1, 15), time.time() + 60
+        while step_of(tmp_path / "killed") < goal and process.is_alive() and time.time() < limit: time.sleep(0.001)
+        time.sleep(0.01 * dice.random())  # within a step or within the writing of a checkpoint
+        os.kill(process.pid, signal.SIGKILL); process.join()
+        kills.append(step_of(tmp_path / "killed"))
+        assert process.exitcode == -signal.SIGKILL
+    assert 0 < kills[0] < kills[-1] < steps
+    resumed, again = small_run(tmp_path / "killed", **settings)
+    same(whole, resumed)
+    same(everything(tmp_path / "whole"), everything(tmp_path / "killed"))
+    assert again.drop(columns="seconds").equals(log.drop(columns="seconds"))
+    kept = steps - every, steps
+    assert [p.name for p in sorted((tmp_path / "killed").iterdir())] == [f"step_{step:08}.pt" for step in kept]
+
+
+def test_a_kill_before_the_first_checkpoint_costs_nothing_but_time(server, tmp_path):
+    process = server.Process(target=in_process, args=(tmp_path / "killed", {}))
+    process.start()
+    time.sleep(0.05); os.kill(process.pid, signal.SIGKILL); process.join()
+    assert step_of(tmp_path / "killed") == 0
+    same(small_run(tmp_path / "killed")[0], small_run(tmp_path / "whole")[0])
+
+
+def noisy_run(folder, accumulation=1, spoiled=-1):
+    "A run whose noise comes from the seeds of its samples; `spoiled`: the step in which the last sample's loss is NaN."
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 1)), torch.randn(13, 3)
+    def loss(batch):
+        noise = [np.random.default_rng(row).standard_normal(3, dtype=np.float32) for row in batch["seeds"].tolist()]
+        inputs = torch.cat([batch["x"], torch.from_numpy(np.stack(noise))], 1)
+        bad = (batch["seeds"][:, 1] == spoiled) & (batch["seeds"][:, 2] == 7)
+        return ((net(inputs) - batch["x"].prod(1, keepdim=True)) ** 2).mean(1).masked_fill(bad, float("nan"))
+    def compute():
+        with open(f"{folder}.computed", "a") as file: file.write("once\n")
+        return {"x": x}
+    how = {"batch_size": 8, "learning_rate": 0.02, "accumulation": accumulation, "ema": 0.9, "seed": 5, "device": "cpu"}
+    data = records(cached(folder.with_suffix(".safetensors"), {}, compute))
+    log = train(net, loss, data, TrainingSettings(30, checkpoint_every=10, **how), folder)
+    return net.state_dict(), log
+
+
+def in_group(rank, port, folder):
+    "What one of two processes does that a launcher started on CPUs."
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {"ACCELERATE_USE_CPU": "true", "LOCAL_WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    weights, log = noisy_run(folder / "two", accumulation=2)
+    try: noisy_run(folder / "bad", spoiled=12)
+    except FloatingPointError as error: (folder / f"error_{rank}").write_text(str(error))
+    torch.save((weights, log.loss.tolist()), folder / f"rank_{rank}.pt")
+
+
+def test_two_processes_give_what_one_gives(server, tmp_path):
+    with socket.socket() as free: free.bind(("127.0.0.1", 0)); port = free.getsockname()[1]
+    group = [server.Process(target=in_group, args=(rank, port, tmp_path)) for rank in (0, 1)]
+    for process in group: process.start()
+    for process in group: process.join(60)
+    assert [process.exitcode for process in group] == [0, 0]
+    (first, losses), (second, others) = (torch.load(tmp_path / f"rank_{rank}.pt") for rank in (0, 1))
+    assert losses == others
+    same(first, second)
+    weights, log = noisy_run(tmp_path / "one")
+    assert losses == pytest.approx(log.loss.tolist(), rel=1e-5)
+    assert losses != log.loss.tolist(), "rounding differs, or it was no group of two"
+    for name, value in weights.items(): torch.testing.assert_close(first[name], value, rtol=1e-4, atol=1e-5)
+    assert (tmp_path / "two.computed").read_text() == "once\n", "the second process reads what the first has made"
+    for rank in (0, 1):
+        said = (tmp_path / f"error_{rank}").read_text()
+        assert "the loss is nan at step 13" in said and str(tmp_path / "bad/step_00000010.pt") in said
+    with pytest.raises(ValueError, match="processes is 2 there and 1 here"): noisy_run(tmp_path / "two", accumulation=2)
+
+
+def test_a_damaged_checkpoint_is_said_and_the_one_before_serves(tmp_path):
+    how = {"steps": 12, "checkpoint_every": 5, "keep": 2}
+    whole, _ = small_run(tmp_path, **how)
+    last = checkpoints(tmp_path)[-1]
+    last.write_bytes(last.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="step_00000012.pt: is no whole checkpoint .*; delete it, and training goes on"): small_run(tmp_path, **how)
+    last.unlink()
+    same(small_run(tmp_path, **how)[0], whole)
+
+
+@pytest.mark.parametrize("change", [
+    {"steps": 13}, {"batch_size": 8}, {"ema": 0.0}, {"accumulation": 1}, {"seed": 4}, {"schedule": "linear"}, {"mixed_precision": "bf16"},
+])
+def test_a_checkpoint_of_other_settings_is_refused(tmp_path, change):
+    small_run(tmp_path, steps=6)
+    name, value = next(iter(change.items()))
+    there = 6 if name == "steps" else HOW.get(name, "no")
+    with pytest.raises(ValueError, match=f"is of another configuration: {name} is {there!r} there and {value!r} here; take another"):
+        small_run(tmp_path, **({"steps": 6} | change))
+    small_run(tmp_path, steps=6, checkpoint_every=2, keep=3)  # these change nothing in the result
+
+
+def test_other_data_weights_or_models_are_refused(tmp_path):
+    net, settings = small_net(), TrainingSettings(2, device="cpu", batch_size=2)
+    def run(n=4, **given): return train(net, lambda batch: net(batch["x"]).square(), [{"x": torch.ones(3)}] * n, settings, tmp_path, given)
+    run(unet="ab")
+    with pytest.raises(ValueError, match="samples is 4 there and 5 here"): run(5, unet="ab")
+    with pytest.raises(ValueError, match=r"configuration\[unet\] is 'ab' there and 'cd' here"): run(unet="cd")
+    net[0].bias.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"trained weights is '57 numbers \(\w+\)' there and '49 numbers"): run(unet="ab")
+
+
+def test_only_trained_weights_change_and_are_kept(tmp_path):
+    model = nn.ModuleDict({"frozen": nn.Linear(3, 400).requires_grad_(False), "trained": nn.Linear(400, 1)})
+    before = tensors_hash(model["frozen"].state_dict())
+    def loss(batch): return model["trained"](model["frozen"](batch["x"])).square()
+    train(model, loss, [{"x": torch.ones(3)}] * 4, TrainingSettings(3, batch_size=2, device="cpu"), tmp_path)
+    assert tensors_hash(model["frozen"].state_dict()) == before
+    assert set(torch.load(checkpoints(tmp_path)[0])["weights"]) == {"trained.weight", "trained.bias"}
+
+
+def test_samples_show_the_average_and_disturb_nothing(tmp_path):
+    net, x = small_net(), torch.randn(13, 3)
+    seen, data = {}, records({"x": x})
+    how = {"batch_size": 4, "learning_rate": 0.1, "ema": 0.9, "device": "cpu", "checkpoint_every": 2, "keep": 9}
+    def sample(step):
+        seen[step] = net[0].weight.clone(); random.random(); torch.rand(5)
+    log = train(net, lambda b: net(b["x"]).square(), data, TrainingSettings(6, sample_every=2, **how), tmp_path / "seen", sample=sample)
+    for path in checkpoints(tmp_path / "seen"):
+        saved = torch.load(path)
+        assert torch.equal(seen[saved["step"]], saved["average"][0]) and not torch.equal(saved["average"][0], saved["weights"]["0.weight"])
+    assert torch.equal(net[0].weight, seen[6])
+    net = small_net()
+    again = train(net, lambda b: net(b["x"]).square(), data, TrainingSettings(6, **how), tmp_path / "unseen")
+    assert again.loss.tolist() == log.loss.tolist()
+
+
+def test_what_would_fit_is_found_with_room_for_the_optimizer(tmp_path, monkeypatch):
+    held, tried = [], []
+    empty_like = torch.empty_like
+    monkeypatch.setattr("cxr_nb.training.torch.empty_like", lambda p: held.append(p.numel()) or empty_like(p))
+    def short(n):
+        tried.append(n)
+        if n > 2: raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried")
+    with pytest.raises(torch.OutOfMemoryError, match="at step 1 with 8 samples at a time; 2 would fit: set accumulation to 8 for the same batch_size of 16, or batch_size to 4"):
+        small_run(tmp_path, batch_size=16, spoil=short)
+    assert tried == [8, 4, 2] and sum(held) == 2 * 2 * sum(p.numel() for p in small_net().parameters())
+    def never(n): raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+    with pytest.raises(torch.OutOfMemoryError, match="with 2 samples at a time, and one alone does not fit; take smaller"): small_run(tmp_path, spoil=never)
+    def other(n): raise RuntimeError("shapes do not fit")
+    with pytest.raises(RuntimeError, match="^shapes do not fit$"): small_run(tmp_path, spoil=other)
+
+
+def test_weights_that_are_not_finite_are_not_kept(tmp_path):
+    with pytest.raises(FloatingPointError, match="the weights are not finite at step 1; there is no checkpoint yet"):
+        small_run(tmp_path, steps=1, learning_rate=1e38, weight_decay=1e3)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_parts_change_rounding_alone(tmp_path):
+    whole, log = noisy_run(tmp_path / "whole")
+    parts, again = noisy_run(tmp_path / "parts", accumulation=4)
+    assert again.loss.tolist() == pytest.approx(log.loss.tolist(), rel=1e-5)
+    for name, value in whole.items(): torch.testing.assert_close(parts[name], value, rtol=1e-4, atol=1e-5)
+
+
+def test_mixed_precision_trains_and_one_training_follows_another(tmp_path):
+    from accelerate import notebook_launcher
+    results = []
+    def run(): results.append(small_run(tmp_path / "half", steps=40, mixed_precision="bf16"))
+    plain = small_run(tmp_path / "before", steps=40)
+    notebook_launcher(run, num_processes=1)
+    (weights, log), = results
+    assert {w.dtype for w in weights.values() if w.is_floating_point()} == {torch.float32}
+    assert log.loss[0] != plain[1].loss[0] and log.loss[0] == pytest.approx(plain[1].loss[0], rel=2**-6)
+    assert log.loss.mean() == pytest.approx(plain[1].loss.mean(), rel=0.1)
+    same(small_run(tmp_path / "after", steps=40)[0], plain[0])
+
+
+class SmallUNet(nn.Module):
+    "Predicts noise from latents, the timestep and the mean hidden state."
+
+    def __init__(self):
+        super().__init__()
+        self.mix, self.told = nn.Conv2d(3, 2, 3, padding=1), nn.Linear(5, 2)
+
+    def forward(self, noisy, timesteps, states):
+        time = (timesteps / 1000)[:, None, None, None].expand(-1, 1, *noisy.shape[2:])
+        return SimpleNamespace(sample=self.mix(torch.cat([noisy, time], 1)) + self.told(states.mean(1))[..., None, None])
+
+
+class Schedule:
+    config = SimpleNamespace(num_train_timesteps=1000, prediction_type="epsilon")
+
+    def add_noise(self, latents, noise, timesteps):
+        kept = (1 - timesteps / 1000)[:, None, None, None]
+        return kept.sqrt() * latents + (1 - kept).sqrt() * noise
+
+
+def test_with_the_cache_and_without_it_the_loss_is_the_same(tmp_path):
+    torch.manual_seed(1)
+    encoder, words, images = nn.Conv2d(1, 4, 2, 2), nn.Embedding(7, 5), torch.rand(11, 1, 8, 8)
+    raw, ran = records({"image": images, "prompt": torch.arange(11) % 7}), []
+    def frozen(batch):
+        ran.append(len(batch["image"]))
+        mean, log_std = encoder(batch["image"]).chunk(2, 1)
+        return {"mean": mean, "std": log_std.exp(), "encoder_hidden_states": words(batch["prompt"])[:, None]}
+    made_of = {"weights": [tensors_hash(m.state_dict()) for m in (encoder, words)], "images": tensors_hash({"images": images})}
+    def run(name, cache):
+        torch.manual_seed(2)
+        unet = SmallUNet()
+        data, loss = run_frozen(raw, lambda batch: diffusion_loss(unet, Schedule(), batch), frozen, cache, made_of, 4)
+        settings = TrainingSettings(12, batch_size=4, learning_rate=0.01, device="cpu")
+        return train(unet, loss, data, settings, tmp_path / name).loss.tolist()
+    first = run("cached", tmp_path / "latents.safetensors")
+    assert ran == [4, 4, 3]
+    assert run("again", tmp_path / "latents.safetensors") == first and len(ran) == 3
+    assert run("uncached", None) == pytest.approx(first, rel=1e-5) and len(ran) == 3 + 12
+    assert len(set(first)) == 12 and encoder.weight.grad is None
