@@ -347,7 +347,7 @@ def figure_style() -> None:
         context="notebook",
         style="whitegrid",
         palette="colorblind",
-        rc={"figure.dpi": 110, "axes.titlelocation": "left"},
+        rc={"figure.dpi": 72, "axes.titlelocation": "left", "image.interpolation": "nearest"},
     )
 
 # %% ../nbs/00_core.ipynb #9078cbb2
