@@ -113,6 +113,7 @@ def new_vae():
         mid_block_add_attention=False, sample_size=128,
     )
 
+# %% ../nbs/C_miniature.ipynb #2f7a90c4
 def _only(conv, weight, rows=slice(None), columns=slice(None)):
     "Zero a convolution but for these taps."
     nn.init.zeros_(conv.weight); nn.init.zeros_(conv.bias)
@@ -129,6 +130,7 @@ def _principal_axes(x, n):
     variance, axes = torch.linalg.eigh(flat @ flat.T / flat.shape[1])
     return axes.flip(1).T[:n], variance.flip(0)[:n].clamp(min=1e-8)
 
+# %% ../nbs/C_miniature.ipynb #91be03d7
 @torch.no_grad()
 def begin_linear(
     vae: nn.Module,  # of `new_vae`; changed in place
@@ -160,6 +162,7 @@ def begin_linear(
     _see_through(encoder.conv_norm_out, encoder.mid_block.resnets[-1].conv2)
     _see_through(decoder.conv_norm_out, decoder.up_blocks[-1].resnets[-1].conv2)
 
+# %% ../nbs/C_miniature.ipynb #4c5d1e08
 def _differences(x): return x[..., 1:, :] - x[..., :-1, :], x[..., 1:] - x[..., :-1]
 
 def vae_loss(
