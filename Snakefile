@@ -1,5 +1,6 @@
 # The graph of notebooks. papermill runs each with its section of a profile; it runs again when the notebook, a module
 # it imports, its section or a file it reads has changed. Called by `make report` and `make benchmarks`.
+import json
 import os
 import sys
 from pathlib import Path
@@ -48,11 +49,12 @@ def cohorts():
 
 
 MADE = Path("cxr_nb/miniature/made.json")
+MADE_PARTS = json.loads(MADE.read_text())
 
 
-def has(notebook, *parts):
-    "Whether the model a notebook takes has these parts, which the miniature gets one by one."
-    return "cxr_nb/miniature" not in PARAMETERS[notebook]["stable_diffusion"] or all(f'"{part}"' in MADE.read_text() for part in parts)
+def has(notebook, part):
+    "Whether the model a notebook takes has this part, which the miniature gets one by one."
+    return "cxr_nb/miniature" not in PARAMETERS[notebook]["stable_diffusion"] or part in MADE_PARTS
 
 
 def original_images():
@@ -120,7 +122,7 @@ GRAPH = {
         ],
         ["measures/tsne.parquet", *of_sets("figures/tsne", "png"), *figures(*FIGURES)],
     ),
-    "C_miniature": ([], ["measures/miniature_effusion.parquet", "tables/miniature.csv", *figures("miniature_losses"), *(sheets("miniature_prompts") if '"unet"' in MADE.read_text() else [])]),
+    "C_miniature": ([], ["measures/miniature_effusion.parquet", "tables/miniature.csv", *figures("miniature_losses"), *(sheets("miniature_prompts") if "unet" in MADE_PARTS else [])]),
     "D_benchmarks": (["cohorts/sources.json", "cohorts/text_evaluation.csv"], ["tables/benchmarks.csv"]),
     **autoencoder_graph(),
 }
