@@ -295,11 +295,11 @@ def train_clip(pixels, captions, tokenizer, work, steps, seed, device, batch=128
 
 # %% ../nbs/C_miniature.ipynb #64d8bb62
 def noise_scheduler():
-    "Stable Diffusion v1.4's noise schedule, with PNDM as its repository has it."
+    "Stable Diffusion v1.4's noise schedule, with PNDM as its repository has it; for a U-Net that predicts the velocity."
     from diffusers import PNDMScheduler
     return PNDMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", num_train_timesteps=1000,
-        set_alpha_to_one=False, skip_prk_steps=True, steps_offset=1, prediction_type="epsilon",
+        set_alpha_to_one=False, skip_prk_steps=True, steps_offset=1, prediction_type="v_prediction",
     )
 
 def new_unet(channels):
@@ -325,11 +325,12 @@ def frozen_parts(vae, text_encoder, tokenizer, pixels, captions, device, batch=6
     return torch.cat(moments), torch.cat(states)
 
 def train_unet(moments, states, empty, scaling, work, steps, seed, device, batch=16):
-    "Train the U-Net to predict noise, samples weighted by their clipped signal-to-noise ratio (Hang et al. 2023)."
+    "Train the U-Net to predict the velocity, weighted less where the signal is more than 4 times the noise."
+    from diffusers import DDPMScheduler
     torch.manual_seed(seed)
-    scheduler, unet = noise_scheduler(), new_unet(moments.shape[2]).to(device, memory_format=torch.channels_last)
-    signal = scheduler.alphas_cumprod / (1 - scheduler.alphas_cumprod)
-    weight = (signal.clamp(max=5) / signal).to(device)
+    unet = new_unet(moments.shape[2]).to(device, memory_format=torch.channels_last)
+    scheduler = DDPMScheduler.from_config(noise_scheduler().config)
+    weight = (5 * (1 - scheduler.alphas_cumprod)).clamp(max=1).to(device)
     def loss(step):
         index, t = torch.randint(len(moments), (batch,)), torch.randint(1000, (batch,))
         mean, std = moments[index].float().to(device).unbind(1)
@@ -337,7 +338,8 @@ def train_unet(moments, states, empty, scaling, work, steps, seed, device, batch
         context = torch.where(torch.rand(batch, 1, 1) < 0.1, empty, states[index].float()).to(device)
         noisy = scheduler.add_noise(latents, noise, t.to(device)).contiguous(memory_format=torch.channels_last)
         predicted = unet(noisy, t.to(device), encoder_hidden_states=context).sample
-        return (weight[t] * ((predicted - noise) ** 2).mean((1, 2, 3))).mean()
+        velocity = scheduler.get_velocity(latents, noise, t.to(device))
+        return (weight[t] * ((predicted - velocity) ** 2).mean((1, 2, 3))).mean()
     return unet, fit("unet", unet, loss, steps, 1e-3, work, seed, decay=0.999)
 
 # %% ../nbs/C_miniature.ipynb #fd55e07d
@@ -500,7 +502,7 @@ def labelled_phantoms(
 
 # %% ../nbs/C_miniature.ipynb #4959e6fc
 PARTS = ("vae", "clip", "general", "reports", "judge_a", "judge_b", "unet")
-STEPS = {"vae": 4500, "clip": 2000, "general": 800, "reports": 800, "judge_a": 900, "judge_b": 900, "unet": 6000}
+STEPS = {"vae": 4500, "clip": 2000, "general": 800, "reports": 800, "judge_a": 900, "judge_b": 900, "unet": 7000}
 DATA = {"pictures": 20_000, "latents": 12_000, "patients": 2400}
 
 def _scaled(number, scale): return max(2, round(number * scale))
