@@ -23,6 +23,7 @@ import time
 from argparse import ArgumentParser
 from contextlib import chdir, contextmanager
 from importlib import metadata, resources
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -331,13 +332,19 @@ def write_figure(
     figure,  # a matplotlib figure
     vector: bool = True,  # also as SVG; not for sheets of images, whose pixels it would only hold once more
 ) -> None:
-    "Write a figure as `figures/<name>.png` and `.svg`, byte for byte the same for the same figure."
+    "Write a figure as `figures/<name>.png`, of 256 colours, and `.svg`, byte for byte the same for the same figure."
     import matplotlib as mpl
+    from PIL import Image
+    def small(path):
+        # all results are committed together: a palette weighs a third, and radiographs have but 256 grey levels
+        drawn = BytesIO()
+        # a sheet's images are shown two or three times their size as it is: more dots would only weigh
+        figure.savefig(drawn, bbox_inches="tight", dpi=200 if vector else 130)
+        Image.open(drawn).convert("RGB").quantize(256, kmeans=1).save(path, "PNG", optimize=True)
     if vector:
         with mpl.rc_context({"svg.hashsalt": name, "svg.fonttype": "none"}):
             self.write(f"figures/{name}.svg", lambda p: figure.savefig(p, bbox_inches="tight", metadata={"Date": None}))
-    # small images are shown two or three times their size as it is: more dots would only weigh
-    self.write(f"figures/{name}.png", lambda p: figure.savefig(p, bbox_inches="tight", dpi=200 if vector else 130))
+    self.write(f"figures/{name}.png", small)
 
 # %% ../nbs/00_core.ipynb #f159ccdf
 def figure_style() -> None:
