@@ -516,7 +516,8 @@ def made(
 
 def _record(folder, part, log, device, places):
     "Add a part to made.json: what it took, with what, and the hashes of its files."
-    files = sorted(p for place in places for p in (Path(folder) / place).rglob("*") if p.is_file())
+    places = [Path(folder) / place for place in places]
+    files = sorted(p for place in places for p in (place, *place.rglob("*")) if p.is_file())
     hashes = {p.relative_to(folder).as_posix(): sha256(p) for p in files}
     kept = {name: v for name, v in versions().items() if name in ("python", "torch", "diffusers", "transformers")}
     everything = made(folder) | {part: log | {"device": device.type, "versions": kept, "files": hashes}}
@@ -604,12 +605,11 @@ def _make_unet(folder, work, seed, scale, device):
     with torch.no_grad(): empty = text(**tokens).last_hidden_state.cpu()
     steps = _scaled(STEPS["unet"], scale)
     unet, log = train_unet(moments, states, empty, vae.config.scaling_factor, work, steps, seed, device)
-    whole = StableDiffusionPipeline(
-        vae.half(), text.half(), tokenizer, unet.half(), noise_scheduler(), None, None, requires_safety_checker=False
-    )
-    whole.save_pretrained(place)
-    _written_half(text, place / "text_encoder")
-    return log, ["stable_diffusion"]
+    parts = {"unet": unet.half(), "scheduler": noise_scheduler()}
+    for name, part in parts.items(): part.save_pretrained(place / name)
+    none = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    StableDiffusionPipeline(vae=vae, text_encoder=text, tokenizer=tokenizer, **parts, **none).save_config(place)
+    return log, [f"stable_diffusion/{name}" for name in (*parts, "model_index.json")]
 
 # %% ../nbs/C_miniature.ipynb #9bbd3d19
 _MAKERS = {
