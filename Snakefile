@@ -1,6 +1,5 @@
 # The graph of notebooks. papermill runs each with its section of a profile; it runs again when the notebook, a module
 # it imports, its section or a file it reads has changed. Called by `make report` and `make benchmarks`.
-import json
 import os
 import sys
 from pathlib import Path
@@ -49,12 +48,6 @@ def cohorts():
 
 
 MADE = Path("cxr_nb/miniature/made.json")
-MADE_PARTS = json.loads(MADE.read_text())
-
-
-def has(notebook, part):
-    "Whether the model a notebook takes has this part, which the miniature gets one by one."
-    return "cxr_nb/miniature" not in PARAMETERS[notebook]["stable_diffusion"] or part in MADE_PARTS
 
 
 def original_images():
@@ -67,7 +60,7 @@ def original_images():
 def autoencoder_graph():
     "The study of the VAE, where the profile has radiographs for it."
     own = PARAMETERS["23_autoencoder"]
-    if not own["sources"] or not has("23_autoencoder", "vae"): return {}
+    if not own["sources"]: return {}
     cohort = ["cohorts/sources.json", *(f"cohorts/{core.slug(source)}_sample.csv" for source in own["sources"])]
     pairs = [f"measures/reconstruction{kind}.parquet" for kind in ("", "_probabilities", "_similarity")]
     sets = [f"measures/reconstruction_features_{core.slug(Path(name).name)}.parquet" for name in own["extractors"]]
@@ -99,7 +92,7 @@ GRAPH = {
         [*phantoms_in("folders"), *phantoms_in("text_sources")],
         cohorts(),
     ),
-    **({"22_stable_diffusion": ([], [*figures("figure_2"), *original_images()])} if has("22_stable_diffusion", "unet") else {}),
+    "22_stable_diffusion": ([], [*figures("figure_2"), *original_images()]),
     "24_text_encoder": (
         ["cohorts/sources.json", *of_sets("cohorts/text_reports", "csv"), *of_sets("cohorts/text_evaluation", "csv")],
         ["measures/text_encoders.json", "measures/bag_of_words.parquet", *EMBEDDINGS],
@@ -122,7 +115,7 @@ GRAPH = {
         ],
         ["measures/tsne.parquet", *of_sets("figures/tsne", "png"), *figures(*FIGURES)],
     ),
-    "C_miniature": ([], ["measures/miniature_effusion.parquet", "tables/miniature.csv", *figures("miniature_losses"), *(sheets("miniature_prompts") if "unet" in MADE_PARTS else [])]),
+    "C_miniature": ([], ["measures/miniature_effusion.parquet", "tables/miniature.csv", *figures("miniature_losses"), *sheets("miniature_prompts")]),
     "D_benchmarks": (["cohorts/sources.json", "cohorts/text_evaluation.csv"], ["tables/benchmarks.csv"]),
     **autoencoder_graph(),
 }
