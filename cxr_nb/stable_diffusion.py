@@ -326,8 +326,9 @@ def write_images(
 # %% ../nbs/22_stable_diffusion.ipynb #4ee39352
 def component_shapes(
     pipeline,  # a StableDiffusionPipeline
-) -> dict:  # tokens, width, vocabulary, latents, image, timesteps, scheduler, parameters (by part)
+) -> dict:  # tokens, width, vocabulary, latents, image, timesteps, scheduler, estimated, parameters (by part)
     "What passes between the components (Figure 2)."
+    estimates = {"epsilon": "noise", "v_prediction": "velocity", "sample": "latents"}
     channels, side = pipeline.unet.config.in_channels, pipeline.unet.config.sample_size
     pixels, text, vae = side * vae_factor(pipeline.vae), pipeline.text_encoder, pipeline.vae
     networks = {"text_encoder": [text], "unet": [pipeline.unet], "vae_encoder": [vae.encoder, vae.quant_conv],
@@ -337,6 +338,7 @@ def component_shapes(
         "tokens": text.config.max_position_embeddings, "width": text.config.hidden_size,
         "vocabulary": len(pipeline.tokenizer), "latents": (channels, side, side), "image": (3, pixels, pixels),
         "timesteps": pipeline.scheduler.config.num_train_timesteps, "scheduler": type(pipeline.scheduler).__name__,
+        "estimated": estimates[pipeline.scheduler.config.prediction_type],
         "parameters": {name: count(parts) for name, parts in networks.items()},
     }
 
