@@ -275,7 +275,7 @@ def encoder_hidden_states(
 # %% ../nbs/22_stable_diffusion.ipynb #0227d428
 def sample(
     pipeline,  # a StableDiffusionPipeline
-    prompt: str | torch.Tensor,  # or its hidden states, (1, tokens, width)
+    prompt: str | torch.Tensor,  # or its hidden states, (1, tokens, width); or those of each image, (n, tokens, width)
     seeds: Sequence[int],  # one per image
     steps: int = 50,  # denoising steps
     guidance_scale: float = 7.5,  # 1: the prompt alone, without guidance
@@ -283,12 +283,14 @@ def sample(
     size: int | None = None,  # pixels a side; what the U-Net was trained for by default
     batch_size: int = 8,  # images at a time
 ) -> torch.Tensor:  # (n, 3, size, size) uint8
-    """Draw images for one prompt (§2.2), with a progress bar over denoising steps.
+    """Draw images (§2.2), for one prompt or for one each, with a progress bar over denoising steps.
 
-    Raises ValueError for a prompt that is too long, a size the VAE cannot make,
-    and images that are not finite.
+    Raises ValueError for a prompt that is too long, prompts that are not as many
+    as seeds, a size the VAE cannot make, and images that are not finite.
     """
     states = [encoder_hidden_states(pipeline, x) if isinstance(x, str) else x for x in (prompt, unconditional)]
+    if lost := [len(x) for x in states if len(x) not in (1, len(seeds))]:
+        raise ValueError(f"hidden states of {lost[0]} prompts, and {len(seeds)} seeds: give one prompt, or one a seed")
     factor = vae_factor(pipeline.vae)
     size = size or pipeline.unet.config.sample_size * factor
     if size % factor: raise ValueError(f"the VAE makes images of a size divisible by {factor}, not of {size} pixels")
@@ -300,7 +302,8 @@ def sample(
         def advance(pipeline, step, timestep, kept): bar.update(); return kept
         for start in batches:
             random = generators(seeds[start : start + batch_size])
-            told, untold = (x.expand(len(random), -1, -1) for x in states)
+            some = (x if len(x) == 1 else x[start : start + batch_size] for x in states)
+            told, untold = (x.expand(len(random), -1, -1) for x in some)
             noise = seeded_noise(shape, random).to(told.dtype)
             latents = pipeline(
                 height=size, width=size, num_inference_steps=steps, guidance_scale=guidance_scale, prompt_embeds=told,
