@@ -11,6 +11,8 @@ from urllib.parse import urlparse
 
 import pytest
 
+# the tests run in two processes: with a thread per core in each they would wait for one another, many times as long
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 ROOT = Path(__file__).parent.parent
 
 
