@@ -11,7 +11,7 @@ from urllib.parse import urlparse
 
 import pytest
 
-# the tests run in two processes: with a thread per core in each they would wait for one another, many times as long
+# the tests run in two processes: with a thread per core in each they would wait for one another
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 ROOT = Path(__file__).parent.parent
 
@@ -21,6 +21,15 @@ def tracked(*patterns):
     listing = ["git", "-C", str(ROOT), "ls-files", "--cached", "--others", "--exclude-standard", "--", *patterns]
     names = subprocess.run(listing, capture_output=True, text=True, check=True).stdout.splitlines()
     return sorted(path for path in {ROOT / name for name in names} if path.is_file())
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    "A small Stable Diffusion of random weights, in diffusers' layout."
+    import pipelines  # not above: most tests need no torch
+    folder = tmp_path_factory.mktemp("pipeline") / "sd"
+    pipelines.small_pipeline(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")

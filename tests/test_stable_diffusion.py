@@ -19,13 +19,6 @@ PARTS = ("vae", "unet", "text_encoder")
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("pipeline") / "sd"
-    pipelines.small_pipeline(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def pipeline(folder): return load_pipeline(str(folder))
 
 

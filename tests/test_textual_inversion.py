@@ -25,13 +25,6 @@ HOW = {"batch_size": 4, "learning_rate": 0.02, "weight_decay": 0.1, "device": "c
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("pipeline") / "sd"
-    pipelines.small_pipeline(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def latents(folder, tmp_path_factory):
     vae = load_pipeline(str(folder)).vae
     return few_shot_latents(vae, IMAGES, tmp_path_factory.mktemp("cache") / "latents.safetensors", {})

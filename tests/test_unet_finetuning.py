@@ -27,10 +27,7 @@ PRIOR = VARIANTS["no findings and abnormality, with prior"]
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("original") / "sd"
-    pipelines.small_pipeline(folder)
-    return str(folder)
+def source(folder): return str(folder)
 
 
 @pytest.fixture(scope="module")
