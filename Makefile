@@ -51,7 +51,7 @@ benchmarks: $(READY)  ## measure the speed ratios (D_benchmarks), outside the re
 	$(SNAKEMAKE) -- benchmarks
 
 test: $(READY)  ## everything that must be green: notebooks, tests, the smoke report, clean and in sync
-	$(BIN)/nbdev_test --n_workers 2
+	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2
 	$(BIN)/python -m pytest tests -n 2 --dist loadfile --no-loadscope-reorder
 
 lab: $(READY)  ## open JupyterLab on the notebooks (ARGS="--no-browser --port 8890" are handed on)

@@ -1,6 +1,7 @@
 # The graph of notebooks. papermill runs each with its section of a profile; it runs again when the notebook, a module
 # it imports, its section or a file it reads has changed. Called by `make report` and `make benchmarks`.
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -10,6 +11,8 @@ from cxr_nb import core
 
 PROFILE = config.get("profile", "demo")
 OUT = os.path.relpath(core.outputs_dir(PROFILE))
+# small models gain little from a second thread; on a GPU notebooks would share its memory
+AT_ONCE = 1 if shutil.which("nvidia-smi") else 2
 try:
     PARAMETERS = {name: core.resolve_parameters(name, PROFILE) for name in core.load_profile(PROFILE)}
 except (FileNotFoundError, KeyError, TypeError, ValueError) as error:
@@ -47,14 +50,79 @@ def cohorts():
     return [f"cohorts/{file}" for file in files] + ["tables/cohorts.csv", *figures(*drawn), *sheets(*shown)]
 
 
+ADAPTATIONS = "25_textual_projection", "26_textual_inversion", "27_unet_finetuning"
 MADE = Path("cxr_nb/miniature/made.json")
+
+
+def drawn(method, variants, prompts, n):
+    "Images a notebook draws, below images/<method>/<variant>/<prompt>."
+    places = [f"images/{method}/{core.slug(variant)}/{core.slug(prompt)}" for variant in variants for prompt in prompts]
+    return [f"{place}/{i:04}.png" for place in places for i in range(n)]
 
 
 def original_images():
     "What 22_stable_diffusion samples."
     own = PARAMETERS["22_stable_diffusion"]
     names = [f"{core.slug(prompt)}/{i:04}.png" for prompt in own["prompts"] for i in range(own["images_per_prompt"])]
-    return [f"images/original/{name}" for name in names] + sheets("images_original") * bool(names)
+    return [f"images/original/{name}" for name in names]
+
+
+def adaptation_graph():
+    "The three ways to adapt the model and what they draw, where the profile has images to adapt it to."
+    if not PARAMETERS["21_datasets"]["few_shot_source"]: return {}
+    projection, inversion, unet = (PARAMETERS[name] for name in ADAPTATIONS)
+    few_shot = ["cohorts/sources.json", "cohorts/few_shot.csv"]
+    phantoms = ["images/phantoms/truth.json"] * bool(phantoms_in("folders"))
+    images = {
+        "25_textual_projection": drawn("textual_projection", projection["drawn"], projection["prompts"], projection["images_per_prompt"]),
+        "26_textual_inversion": drawn("textual_inversion", inversion["variants"], inversion["prompts"], inversion["images_per_prompt"]),
+        "27_unet_finetuning": drawn("unet", unet["variants"], [unet["no_finding_prompt"], unet["effusion_prompt"]], unet["images_per_prompt"]),
+    }
+    projections = [f"models/textual_projection/{core.slug(v)}/projection.safetensors" for v in projection["variants"] if v != "no projection"]
+    trained = [f"models/unet/{core.slug(v)}/training.json" for v in unet["variants"]]
+    records = [f"records/{name}.json" for name in ADAPTATIONS]
+    return {
+        "25_textual_projection": (
+            ["cohorts/captions.parquet"] * (projection["captions"] == "cohort"),
+            ["tables/textual_projection.csv", *figures("textual_projection_loss"), *sheets("textual_projection_along"), *projections, *images["25_textual_projection"]],
+        ),
+        "26_textual_inversion": (
+            [*few_shot, *phantoms],
+            [*figures("textual_inversion_loss"), *sheets("textual_inversion_along"), *images["26_textual_inversion"]],
+        ),
+        "27_unet_finetuning": (
+            [*few_shot, *phantoms],
+            [*figures("unet_losses"), *sheets("few_shot", "unet_along_training", "images_unet"), *trained, *images["27_unet_finetuning"]],
+        ),
+        "31_training_details": (records, ["tables/training_details.csv"]),
+        **results_graph([*records, *original_images(), *(image for own in images.values() for image in own)]),
+    }
+
+
+def results_graph(pictures):
+    "What is measured on the images that were drawn (§§2.8, 3.4, 3.5)."
+    own, source = PARAMETERS["28_classification"], core.slug(PARAMETERS["28_classification"]["source"])
+    judges, kinds = ([core.slug(Path(name).name) for name in own[key]] for key in ("judges", "extractors"))
+    real = ["cohorts/sources.json", "cohorts/few_shot.csv", f"cohorts/{source}.csv"] * bool(source)
+    measured = ["measures/generated_probabilities.parquet", *(f"measures/generated_features_{kind}.parquet" for kind in kinds)]
+    read = ["records/28_classification.json", *measured]
+    main = core.slug(Path(PARAMETERS["35_classification_results"]["judge"]).name)
+    tables = ["table_5", *(f"table_5_{judge}" for judge in judges if judge != main), "classification_thresholds"]
+    tables += ["judges_compared"] * (len(judges) > 1) + ["domain_gap"] * bool(source)
+    rebuilt = [f"measures/reconstruction_features_{kind}.parquet" for kind in kinds] * bool(source)
+    curves = ["classification_roc", "classification_scores", "classification_thresholds", *["domain_gap"] * bool(source)]
+    compared = ["table_4", "table_4_extended", "table_4_ranks"]
+    return {
+        "28_classification": (["records/22_stable_diffusion.json", *pictures, *real], measured),
+        "34_generation_results": (
+            read,
+            [*(f"tables/{name}.csv" for name in compared), "measures/generated_nearest.parquet",
+             *sheets("figure_4", "figure_5", "nearest_training_images"), *figures("generation_measures")],
+        ),
+        "35_classification_results": (
+            [*read, *rebuilt], [*(f"tables/{name}.csv" for name in tables), *figures(*curves), *sheets("classification_extremes")],
+        ),
+    }
 
 
 def autoencoder_graph():
@@ -92,7 +160,7 @@ GRAPH = {
         [*phantoms_in("folders"), *phantoms_in("text_sources")],
         cohorts(),
     ),
-    "22_stable_diffusion": ([], [*figures("figure_2"), *original_images()]),
+    "22_stable_diffusion": ([], [*figures("figure_2"), *original_images(), *(sheets("images_original") if original_images() else [])]),
     "24_text_encoder": (
         ["cohorts/sources.json", *of_sets("cohorts/text_reports", "csv"), *of_sets("cohorts/text_evaluation", "csv")],
         ["measures/text_encoders.json", "measures/bag_of_words.parquet", *EMBEDDINGS],
@@ -118,6 +186,7 @@ GRAPH = {
     "C_miniature": ([], ["measures/miniature_effusion.parquet", "tables/miniature.csv", *figures("miniature_losses"), *sheets("miniature_prompts")]),
     "D_benchmarks": (["cohorts/sources.json", "cohorts/text_evaluation.csv"], ["tables/benchmarks.csv"]),
     **autoencoder_graph(),
+    **adaptation_graph(),
 }
 
 
@@ -163,6 +232,5 @@ for name, (reads, _) in GRAPH.items():
             name=name,
             parameters=PARAMETERS[name],
             command=Path(sys.executable).parent / "cxr_nb",
-        # a notebook uses all cores
-        threads: workflow.cores
+        threads: max(1, workflow.cores // AT_ONCE)
         shell: "{params.command} run {params.name} --profile {PROFILE}"
