@@ -10,6 +10,7 @@ __all__ = ['PARAMETER_TYPES', 'TABLE_COLUMNS', 'repo_root', 'outputs_dir', 'slug
 
 # %% ../nbs/00_core.ipynb #dc2339fb
 import ast
+import base64
 import hashlib
 import json
 import os
@@ -324,6 +325,16 @@ def write_table(
         raise ValueError(f"tables/{name}.csv: columns are {list(table.columns)}, expected {TABLE_COLUMNS} first")
     self.write_csv(f"tables/{name}.csv", table)
 
+# %% ../nbs/00_core.ipynb #6327efe9
+def _few_colours(drawn, colours):
+    "A drawn picture in grey levels, all kept, where it has no colour, and else in a palette."
+    from PIL import Image, ImageChops
+    # all results are committed together: grey levels weigh a third, a palette less than half
+    picture = Image.open(drawn).convert("RGB")
+    red, green, blue = picture.split()
+    gray = not ImageChops.difference(red, green).getbbox() and not ImageChops.difference(red, blue).getbbox()
+    return red if gray else picture.quantize(colours, kmeans=1)
+
 # %% ../nbs/00_core.ipynb #d5340054
 @patch
 def write_figure(
@@ -332,15 +343,16 @@ def write_figure(
     figure,  # a matplotlib figure
     vector: bool = True,  # also as SVG; not for sheets of images, whose pixels it would only hold once more
 ) -> None:
-    "Write a figure as `figures/<name>.png`, of 256 colours, and `.svg`, byte for byte the same for the same figure."
+    """Write a figure as `figures/<name>.png` and `.svg`, byte for byte the same for the same figure.
+
+    The PNG has all its grey levels; one in colour has 256 colours, a sheet 128.
+    """
     import matplotlib as mpl
-    from PIL import Image
     def small(path):
-        # all results are committed together: a palette weighs a third, and radiographs have but 256 grey levels
         drawn = BytesIO()
         # a sheet's images are shown two or three times their size as it is: more dots would only weigh
         figure.savefig(drawn, bbox_inches="tight", dpi=200 if vector else 130)
-        Image.open(drawn).convert("RGB").quantize(256, kmeans=1).save(path, "PNG", optimize=True)
+        _few_colours(drawn, 256 if vector else 128).save(path, "PNG", optimize=True)
     if vector:
         with mpl.rc_context({"svg.hashsalt": name, "svg.fonttype": "none"}):
             self.write(f"figures/{name}.svg", lambda p: figure.savefig(p, bbox_inches="tight", metadata={"Date": None}))
@@ -410,11 +422,25 @@ def paper_view(
     )
 
 # %% ../nbs/00_core.ipynb #4c4e46e6
-def _without_progress_bars(path):
+def _lighter(data):
+    "An output's picture as PNG of 256 colours or, where that weighs less, as JPEG; figures/ has it as it is."
+    from PIL import Image
+    picture, png, jpeg = BytesIO(base64.b64decode(data["image/png"])), BytesIO(), BytesIO()
+    _few_colours(picture, 256).save(png, "PNG", optimize=True)
+    Image.open(picture).convert("RGB").save(jpeg, "JPEG", quality=80, optimize=True)
+    kind, kept = min(("image/png", png.getvalue()), ("image/jpeg", jpeg.getvalue()), key=lambda pair: len(pair[1]))
+    others = {k: v for k, v in data.items() if k != "image/png"}
+    return others | {kind: base64.b64encode(kept).decode()}
+
+def _make_light(path):
+    "Progress bars, which need a live kernel, are taken off an executed notebook, and its pictures made lighter."
     notebook = json.loads(path.read_text(encoding="utf-8"))
     widget = "application/vnd.jupyter.widget-view+json"
     for cell in notebook["cells"]:
-        if "outputs" in cell: cell["outputs"] = [o for o in cell["outputs"] if widget not in o.get("data", {})]
+        if "outputs" not in cell: continue
+        cell["outputs"] = [o for o in cell["outputs"] if widget not in o.get("data", {})]
+        for output in cell["outputs"]:
+            if "image/png" in output.get("data", {}): output["data"] = _lighter(output["data"])
     notebook["metadata"].pop("widgets", None)
     with written_whole(path) as partial:
         partial.write_text(json.dumps(notebook, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -440,7 +466,7 @@ def run_notebook(
             cwd="nbs",
             progress_bar=sys.stderr.isatty(),
         )
-    _without_progress_bars(executed)
+    _make_light(executed)
     return executed
 
 # %% ../nbs/00_core.ipynb #d5a3fcda
