@@ -201,6 +201,7 @@ EDITED = {
 # a model that was made anew reruns what uses it
 for name, section in PARAMETERS.items():
     if "cxr_nb/miniature" in str(section): EDITED.setdefault(name, []).append(str(MADE))
+for name in ADAPTATIONS: EDITED.setdefault(name, []).append(str(MADE.parent / "tuning.csv"))
 
 for name in GRAPH:
     if name not in PARAMETERS:
