@@ -13,7 +13,7 @@ export PYTHONNOUSERSITE := 1
 export PYTHONHASHSEED := 0
 
 .DEFAULT_GOAL := help
-.PHONY: help env report miniature test lab benchmarks prepare readme lock clean
+.PHONY: help env report pdf miniature test lab benchmarks prepare readme lock clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 12
@@ -42,6 +42,15 @@ endef
 report: $(READY)  ## run every notebook of the report that is out of date: PROFILE=demo CORES=all
 	$(unlock)
 	$(SNAKEMAKE)
+
+# the browser is asked for before a report is run for it
+CHROMIUM ?= $(firstword $(foreach p,chromium chromium-browser google-chrome,$(shell command -v $(p))))
+PAGE = $(or $(CXR_NB_OUTPUTS),outputs)/$(PROFILE)/report
+pdf:  ## the page as outputs/demo/report.pdf, printed by Chromium: CHROMIUM=/path/to/chromium
+	@test -n "$(CHROMIUM)" || { echo "make pdf: no Chromium found; install one or name it: make pdf CHROMIUM=/path/to/chromium" >&2; exit 1; }
+	$(MAKE) report
+	"$(CHROMIUM)" --headless=new --no-sandbox --disable-gpu --disable-dev-shm-usage --no-pdf-header-footer --print-to-pdf="$(PAGE)-partial.pdf" "$(PAGE).html" 2>/dev/null
+	mv "$(PAGE)-partial.pdf" "$(PAGE).pdf"
 
 miniature: $(READY)  ## train the parts that cxr_nb/miniature lacks, and measure them (hours on 2 cores; goes on where it stopped)
 	$(BIN)/cxr_nb run C_miniature --profile demo -p train true

@@ -153,6 +153,9 @@ def phantoms_in(name):
     return [f"{place}/phantoms.csv" for place in ("images/phantoms", "images/phantom_reports") if place in named]
 
 
+# run by a command of their own, and no part of the report
+APART = ["D_benchmarks"]
+
 # notebook: (files it reads, files it writes), below outputs/<profile>
 GRAPH = {
     "03_phantoms": ([], ["images/phantoms/phantoms.csv", "images/phantoms/truth.json", "images/phantom_reports/phantoms.csv", *sheets("phantoms", "phantom_findings")]),
@@ -189,9 +192,14 @@ GRAPH = {
     **adaptation_graph(),
 }
 
+# the page reads every table, figure and record of the report; what is measured apart it shows where it is there
+REPORT = [name for name in GRAPH if name not in APART]
+SHOWN = [file for name in REPORT for file in (*GRAPH[name][1], f"records/{name}.json") if file.startswith(("tables/", "figures/", "records/"))]
+GRAPH["F_page"] = SHOWN, ["report.html"]
 
-# files a person edits, named by a parameter
+# files a person edits: named by a parameter, or the page's template and words
 EDITED = {
+    "F_page": ["cxr_nb/templates/report.html", "cxr_nb/templates/report.yaml"],
     "21_datasets": [
         str(core.find_path(PARAMETERS["21_datasets"][key]))
         for key in ("few_shot_choice", "reference_labels") if PARAMETERS["21_datasets"][key]
@@ -213,7 +221,7 @@ def products(name): return [f"{OUT}/{file}" for file in (*GRAPH[name][1], f"reco
 
 # all files are asked for, not the records alone: a fresh clone has the committed ones and lacks the rest
 rule report:
-    input: [file for name in GRAPH if name != "D_benchmarks" for file in products(name)]
+    input: [file for name in GRAPH if name not in APART for file in products(name)]
 
 rule benchmarks:
     input: products("D_benchmarks")

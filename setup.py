@@ -29,7 +29,7 @@ setup(
     classifiers=["Intended Audience :: " + cfg["audience"]]
     + [f"Programming Language :: Python :: 3.{minor}" for minor in minors],
     packages=find_packages(include=[cfg["lib_path"], cfg["lib_path"] + ".*"]),
-    package_data={cfg["lib_path"]: ["published/*.csv", "miniature/**/*"]},
+    package_data={cfg["lib_path"]: ["published/*.csv", "miniature/**/*", "templates/*"]},
     python_requires=f">={low},<3.{minors[-1] + 1}",
     install_requires=lines("requirements"),
     extras_require={"dev": lines("dev_requirements")},
