@@ -13,7 +13,7 @@ export PYTHONNOUSERSITE := 1
 export PYTHONHASHSEED := 0
 
 .DEFAULT_GOAL := help
-.PHONY: help env report pdf miniature test lab benchmarks prepare readme lock clean
+.PHONY: help env report pdf miniature test lab benchmarks ablations prepare readme lock clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 12
@@ -58,6 +58,10 @@ miniature: $(READY)  ## train the parts that cxr_nb/miniature lacks, and measure
 benchmarks: $(READY)  ## measure the speed ratios (D_benchmarks), outside the report's budget
 	$(unlock)
 	$(SNAKEMAKE) -- benchmarks
+
+ablations: $(READY)  ## train and sample the U-Net in other ways (E_ablations), outside the report's budget
+	$(unlock)
+	$(SNAKEMAKE) -- ablations
 
 test: $(READY)  ## everything that must be green: notebooks, tests, the smoke report, clean and in sync
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2

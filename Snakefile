@@ -1,5 +1,5 @@
 # The graph of notebooks. papermill runs each with its section of a profile; it runs again when the notebook, a module
-# it imports, its section or a file it reads has changed. Called by `make report` and `make benchmarks`.
+# it imports, its section or a file it reads has changed. Called by `make report`, `make benchmarks` and `make ablations`.
 import os
 import shutil
 import sys
@@ -96,7 +96,20 @@ def adaptation_graph():
         ),
         "31_training_details": (records, ["tables/training_details.csv"]),
         **results_graph([*records, *original_images(), *(image for own in images.values() for image in own)]),
+        "E_ablations": ablations([*few_shot, *phantoms, *trained]),
     }
+
+
+def ablations(trained):
+    "What E_ablations reads and writes: the U-Nets that 27_unet_finetuning trained, trained and sampled in other ways."
+    own = PARAMETERS["E_ablations"]
+    cohort = [f"cohorts/{core.slug(PARAMETERS['21_datasets']['few_shot_source'])}.csv"]
+    records = [f"records/{name}.json" for name in ("27_unet_finetuning", "28_classification", "33_text_encoder_results")]
+    features = f"measures/generated_features_{core.slug(Path(own['extractor']).name)}.parquet"
+    texts = [*of_sets("cohorts/text_evaluation", "csv"), "measures/bag_of_words.parquet", *EMBEDDINGS]
+    varied = ["runs", "few_shot_images", "training_steps", "prior_weight", "guidance_scale", "sampler_steps", "chexpert_k"]
+    tables = [f"tables/{name}.csv" for name in ("ablations", "ablation_seeds")]
+    return [*trained, *cohort, *records, features, *texts], [*tables, *sheets(*(f"ablation_{name}" for name in varied))]
 
 
 def results_graph(pictures):
@@ -154,7 +167,7 @@ def phantoms_in(name):
 
 
 # run by a command of their own, and no part of the report
-APART = ["D_benchmarks"]
+APART = ["D_benchmarks", "E_ablations"]
 
 # notebook: (files it reads, files it writes), below outputs/<profile>
 GRAPH = {
@@ -196,6 +209,8 @@ GRAPH = {
 REPORT = [name for name in GRAPH if name not in APART]
 SHOWN = [file for name in REPORT for file in (*GRAPH[name][1], f"records/{name}.json") if file.startswith(("tables/", "figures/", "records/"))]
 GRAPH["F_page"] = SHOWN, ["report.html"]
+# no inputs, which the report would make anew, but a new one asks for a new page
+APART_RECORDS = [Path(f"{OUT}/records/{name}.json") for name in APART]
 
 # files a person edits: named by a parameter, or the page's template and words
 EDITED = {
@@ -226,6 +241,10 @@ rule report:
 rule benchmarks:
     input: products("D_benchmarks")
 
+if "E_ablations" in GRAPH:
+    rule ablations:
+        input: products("E_ablations")
+
 for name, (reads, _) in GRAPH.items():
     rule:
         name: f"notebook_{name}"
@@ -240,6 +259,7 @@ for name, (reads, _) in GRAPH.items():
         params:
             name=name,
             parameters=PARAMETERS[name],
+            apart=[core.sha256(path) for path in APART_RECORDS if path.exists()] if name == "F_page" else [],
             command=Path(sys.executable).parent / "cxr_nb",
         threads: max(1, workflow.cores // AT_ONCE)
         shell: "{params.command} run {params.name} --profile {PROFILE}"
