@@ -95,6 +95,10 @@ def adaptation_graph():
             [*figures("unet_losses"), *sheets("few_shot", "unet_along_training", "images_unet"), *trained, *images["27_unet_finetuning"]],
         ),
         "31_training_details": (records, ["tables/training_details.csv"]),
+        "10_introduction": (
+            ["records/22_stable_diffusion.json", "records/27_unet_finetuning.json", "records/28_classification.json", *original_images(), *images["27_unet_finetuning"]],
+            sheets("figure_1"),
+        ),
         **results_graph([*records, *original_images(), *(image for own in images.values() for image in own)]),
         "E_ablations": ablations([*few_shot, *phantoms, *trained]),
     }
@@ -136,6 +140,18 @@ def results_graph(pictures):
             [*read, *rebuilt], [*(f"tables/{name}.csv" for name in tables), *figures(*curves), *sheets("classification_extremes")],
         ),
     }
+
+
+def discussion_graph(graph):
+    "The verdicts, which rest on the tables and records of all the rest."
+    if "35_classification_results" not in graph: return {}
+    results = [name for name in graph if name[:2] in ("25", "31", "32", "33", "34", "35", "A_")]
+    tables = [file for name in results for file in graph[name][1] if file.startswith("tables/")]
+    records = [f"records/{name}.json" for name in graph if name[0] in "23AC"]
+    source = PARAMETERS["32_autoencoder_results"]["source"]
+    by_label = ["measures/reconstruction.parquet", f"cohorts/{core.slug(source)}_sample.csv"] * ("32_autoencoder_results" in graph)
+    made = ["tables/claims.csv", *["tables/reconstruction_by_label.csv"] * bool(by_label), *figures("claims")]
+    return {"40_discussion": ([*tables, *records, *by_label], made)}
 
 
 def autoencoder_graph():
@@ -204,6 +220,7 @@ GRAPH = {
     **autoencoder_graph(),
     **adaptation_graph(),
 }
+GRAPH |= discussion_graph(GRAPH)
 
 # the page reads every table, figure and record of the report; what is measured apart it shows where it is there
 REPORT = [name for name in GRAPH if name not in APART]
@@ -220,6 +237,8 @@ EDITED = {
         for key in ("few_shot_choice", "reference_labels") if PARAMETERS["21_datasets"][key]
     ],
 }
+
+EDITED |= {name: ["cxr_nb/published/claims.csv"] for name in ("10_introduction", "40_discussion")}
 
 # a model that was made anew reruns what uses it
 for name, section in PARAMETERS.items():
