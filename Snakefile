@@ -281,4 +281,6 @@ for name, (reads, _) in GRAPH.items():
             apart=[core.sha256(path) for path in APART_RECORDS if path.exists()] if name == "F_page" else [],
             command=Path(sys.executable).parent / "cxr_nb",
         threads: max(1, workflow.cores // AT_ONCE)
+        # what takes longest begins first, and all that it waits for
+        priority: int(name in ("03_phantoms", "21_datasets", "27_unet_finetuning"))
         shell: "{params.command} run {params.name} --profile {PROFILE}"
