@@ -9,7 +9,7 @@ __all__ = ['TEMPLATES', 'STUDIED', 'ADAPTED', 'WITHOUT', 'FOUND', 'sections', 'a
            'found_autoencoder', 'found_text_encoder', 'trained', 'found_projection', 'found_inversion', 'found_unet',
            'found_classification', 'found_training', 'changed', 'found_reconstruction', 'found_chexpert',
            'found_encoders', 'found_generation', 'found_effusion', 'found_claims', 'found_clusters', 'found_miniature',
-           'section_view', 'provenance', 'written']
+           'section_view', 'provenance', 'written', 'report_page']
 
 # %% ../nbs/F_page.ipynb #330d7a99
 import base64
@@ -118,14 +118,14 @@ def paper_lines(
     table: pd.DataFrame,  # TABLE_COLUMNS, then further columns
     decimals: int | None,  # digits after the point; None: three that count, by row
     also: list[str],  # further columns that hold one value per row
-) -> dict:  # head: list of text; lines: (label, kind, cells); n: text
+) -> dict:  # head: list of text; lines: (label, kind, cells); n: text; beside: whether anything is published
     "A long table in the paper's shape, with the number of observations where it belongs."
     has, measured = table[["published", "measured"]].notna(), table[table.measured.notna()]
     views = [paper_view(own, places(own.measured) if decimals is None else decimals)
              for _, own in table.groupby("row", sort=False)]
     view = pd.concat(views).reindex(columns=table.column.unique()).fillna("–")
     there = {(row, kind) for kind in has for row in table.row[has[kind]]}
-    by = count_column(measured)
+    by, beside = count_column(measured), bool(has.published.any())
     extra = {name: table.groupby("row", sort=False)[name].first() for name in also}
     if by == "row": extra["n"] = measured.groupby("row").n.first().map("{:.0f}".format)
     if by == "cell":
@@ -135,11 +135,13 @@ def paper_lines(
         (row, kind, [*cells, *(str(one.get(row, "")) if kind == "measured" else "" for one in extra.values())])
         for (row, kind), cells in zip(view.index, view.to_numpy().tolist()) if (row, kind) in there
     ]
+    if not beside: lines = [(row, "", cells) for row, _, cells in lines]
     if by == "column":
         n = measured.groupby("column").n.first().map("{:.0f}".format)
         lines.append(("n", "", [*(n.get(column, "") for column in view), *("" for _ in extra)]))
     total = f"n = {measured.n.iloc[0]:.0f}" if by == "table" and len(measured) else ""
-    return {"head": [str(c).replace("_", " ") for c in [*view.columns, *extra]], "lines": lines, "n": total}
+    head = [str(c).replace("_", " ") for c in [*view.columns, *extra]]
+    return {"head": head, "lines": lines, "n": total, "beside": beside}
 
 # %% ../nbs/F_page.ipynb #47c7cfe3
 def plain_lines(
@@ -157,7 +159,7 @@ def plain_lines(
     label, *cells = (column(table[name]) for name in table)
     head = [str(c).replace("_", " ") for c in table.columns]
     lines = [(first, "", list(rest)) for first, rest in zip(label, zip(*cells))]
-    return {"head": head[1:], "corner": head[0], "lines": lines, "n": ""}
+    return {"head": head[1:], "corner": head[0], "lines": lines, "n": "", "beside": False}
 
 # %% ../nbs/F_page.ipynb #53132302
 def constants(
@@ -206,7 +208,7 @@ def table_views(
         said = "; ".join(part for part in (found["n"], said) if part)
         caption = f"{about['caption'].removesuffix('.')} ({value})." if value else about["caption"]
         views.append(found | {
-            "caption": caption, "said": said, "notes": remarks, "total": len(found["lines"]), "paper": long,
+            "caption": caption, "said": said, "notes": remarks, "total": len(found["lines"]),
             "lines": found["lines"][:most_lines], "folded": len(found["lines"]) > open_lines,
         })
     return views
@@ -297,10 +299,11 @@ def found_projection(results, tables):
     own = results["25_textual_projection"]
     texts = own["captions"]
     table = tables["textual_projection"].query("measure == 'R²' and texts == 'captions'").set_index("variant")
-    near = [f"{name} {interval([r.value, r.ci_low, r.ci_high])}" for name, r in table.iterrows()]
+    near = [f"{name} {interval(table.loc[name, ['value', 'ci_low', 'ci_high']])}"
+            for name in dict.fromkeys([table.value.idxmax(), *table.index.intersection(["no projection"])])]
     return [*trained(own["variants"]),
             f"Texts: {texts['training']:,} captions ({texts['source']}); {texts['held_out']:,} others to measure on. "
-            f"On these, R² of CLIP's hidden states: {'; '.join(near)}."]
+            f"How much of CLIP's hidden states is told, R² on these: at most {'; '.join(near)}."]
 
 def found_inversion(results, tables):
     "§2.6: what was trained, and which word began for another."
@@ -445,7 +448,7 @@ def section_view(
             if kind == "csv":
                 tables[path.stem] = pd.read_csv(path)
                 views = table_views(path, about, limits["open_lines"], limits["most_lines"])
-                pieces.append((about["order"], [common | view | {"is_table": True} for view in views]))
+                pieces.append((about["order"], [common | view for view in views]))
             else:
                 vector = f"{piece}.svg" if f"{piece}.svg" in record["outputs"] else ""
                 view = embedded(path, limits["widest"], limits["quality"], bool(vector))
@@ -458,6 +461,7 @@ def section_view(
         "missing": [reasons[name] for name in section["notebooks"] if name in reasons],
         "found": found({record["notebook"]: record["results"] for record in here}, tables) if found else [],
         "pieces": [view for _, views in sorted(pieces, key=lambda piece: piece[0]) for view in views],
+        "verdicts": tables["claims"].verdict.value_counts().to_dict() if "claims" in tables else {},
     }
 
 # %% ../nbs/F_page.ipynb #7c3db062
@@ -484,3 +488,34 @@ def written(
     "The page; raises jinja2's UndefinedError for a value that the template lacks."
     make = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     return make.from_string((TEMPLATES / "report.html").read_text(encoding="utf-8")).render(**values)
+
+# %% ../nbs/F_page.ipynb #48873851
+def report_page(
+    run: Run,  # its folder has the records, tables and figures
+    profile: dict[str, dict],  # notebooks with their parameters, as core.load_profile reads them
+    limits: dict[str, int],  # widest, quality, open_lines, most_lines
+) -> tuple[str, dict]:  # HTML; the numbers of tables and figures, and what is left out and why
+    """The whole page.
+
+    Raises FileNotFoundError for a record, table or figure that the profile's
+    notebooks promise and ValueError for one that is not theirs, each with the
+    notebook that makes it.
+    """
+    parts, reasons = sections(), left_out(profile)
+    for section in (section for section in parts if "apart" in section):
+        for name in section["notebooks"]:
+            there = (run.folder / f"records/{name}.json").exists()
+            if name in profile and not there: reasons[name] = f"measured apart from the report, by {section['apart']}"
+    asked = [name for section in parts for name in section["notebooks"] if name not in reasons]
+    records = {name: json.loads(run.need(f"records/{name}.json", name).read_text(encoding="utf-8")) for name in asked}
+    marked = miniature_notebooks(records)
+    shown = [section_view(run, section, records, reasons, marked, limits) for section in parts]
+    data = profile.get("21_datasets", {})
+    html = written(
+        profile=run.parameters["profile"], sections=shown, provenance=provenance(records), notebooks=asked,
+        marked=sorted(marked), own=[name for name in ("03_phantoms", "C_miniature") if name in records],
+        restricted=[name for name in ("chexpert", "mimic_cxr") if data.get(name)],
+    )
+    tables = sum("lines" in piece for section in shown for piece in section["pieces"])
+    figures = sum("src" in piece for section in shown for piece in section["pieces"])
+    return html, {"tables": tables, "figures": figures, "miniature": sorted(marked), "left_out": reasons}

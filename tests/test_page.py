@@ -1,0 +1,280 @@
+"The page: self-contained, every table filled and equal to its file, every figure seen in a browser, nothing missing in silence."
+import json
+import re
+import shutil
+import subprocess
+import threading
+from functools import partial
+from html.parser import HTMLParser
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import ROOT, tracked
+from PIL import Image
+
+from cxr_nb import core, page
+
+CHROMIUM = next((p for p in ("chromium", "chromium-browser", "google-chrome") if shutil.which(p)), None)
+LIMITS = {"widest": 600, "quality": 75, "open_lines": 4, "most_lines": 6}
+DEMO = ROOT / "outputs/demo"
+MODEL = "cxr_nb/miniature/stable_diffusion"
+
+
+@pytest.fixture
+def made_up(tmp_path, monkeypatch):
+    "A function that writes a small run of three notebooks and makes its page: (HTML, what it says of itself, folder)."
+    monkeypatch.setenv("CXR_NB_OUTPUTS", str(tmp_path))
+    profile = {"33_text_encoder_results": {}, "C_miniature": {}, "D_benchmarks": {}}
+
+    def leave(name, results, tables, figures, **parameters):
+        run = core.Run(name, {"profile": "made", "__annotations__": {"profile": str}})
+        run.parameters |= parameters
+        for table, frame in tables.items(): run.write_csv(f"tables/{table}.csv", frame)
+        for figure in figures: run.write(f"figures/{figure}.png", lambda p: Image.fromarray(noise()).save(p, "PNG"))
+        run.finish(**results)
+
+    def noise(): return np.random.default_rng(0).integers(0, 255, (90, 900, 3), dtype="uint8")
+
+    score = {"mean": 40.0, "ci_low": 30.0, "ci_high": 50.0}
+    study = {"source": "Open-i", "reports": 90, "classes": ["a", "b"], "chance": 49.4, "k": 10, "further": {}, "macro": {"bag_of_words": score, "CLIP": score}}
+    rows = [["CLIP", "mean", 42.8, 41.234, 40.05, 42.5, 90], ["CLIP", "cls", 7.0, np.nan, np.nan, np.nan, 0], ["<b>ours</b>", "mean", np.nan, 0.5, 0.1, 0.9, 80]]
+    table = pd.DataFrame(rows, columns=core.TABLE_COLUMNS).assign(k=10, note="measured on few")
+    long = pd.DataFrame({"part": [f"part {i}" for i in range(9)], "what": "x", "reached": np.arange(9) / 7})
+    leave("33_text_encoder_results", study, {"table_2": table}, ["chexpert_at_k", "chexpert_at_k_phantom_reports"])
+    leave("C_miniature", {"megabytes": 1.5, "minutes": {"vae": 2.0}}, {"miniature": long}, ["miniature_prompts"], folder=MODEL)
+
+    def make():
+        run = core.Run("F_page", {"profile": "made", "__annotations__": {"profile": str}})
+        html, about = page.report_page(run, profile, LIMITS)
+        (tmp_path / "made/report.html").write_text(html)
+        return html, about, tmp_path / "made"
+
+    return make
+
+
+class Tables(HTMLParser):
+    "Rows of text of each table, by the file that the link before it leads to; images with their attributes; all that is loaded."
+    def __init__(self, html):
+        super().__init__()
+        self.tables, self.images, self.loaded, self.links, self.cell, self.file = [], [], [], [], None, ""
+        self.feed(html)
+
+    def handle_starttag(self, tag, attributes):
+        attributes = dict(attributes)
+        self.loaded += [attributes[k] for k in ("src", "srcset", "data", "poster") if k in attributes]
+        self.loaded += [attributes["href"]] if tag == "link" else []
+        if tag == "a": self.links.append(attributes["href"])
+        if tag == "a" and attributes["href"].endswith(".csv"): self.file = attributes["href"]
+        if tag == "img": self.images.append(attributes)
+        if tag == "table":
+            self.tables.append((self.file, []))
+            self.file = ""
+        if tag == "tr": self.tables[-1][1].append([])
+        if tag in ("td", "th"): self.cell = ""
+
+    def handle_endtag(self, tag):
+        if tag in ("td", "th"):
+            self.tables[-1][1][-1].append(self.cell.strip())
+            self.cell = None
+
+    def handle_data(self, data):
+        if self.cell is not None: self.cell += data
+
+
+def check_self_contained(html):
+    found = Tables(html)
+    assert found.loaded and all(source.startswith("data:") for source in found.loaded)
+    assert not re.search(r"@import|url\(|https?://|fetch\(|XMLHttp", html)
+    assert all(re.match(r"#|(notebooks|tables|figures|records)/[\w.]+$", link) for link in found.links)
+    assert all(f'id="{link[1:]}"' in html for link in found.links if link.startswith("#"))
+    assert found.images and all(len(image["alt"]) > 20 for image in found.images)
+    for file, rows in found.tables:
+        assert len(rows) > 1 and all(len(row) == len(rows[0]) for row in rows), file
+        assert all(any(row[1:]) for row in rows[1:]), f"{file} has an empty line"
+    return found
+
+
+def test_page_is_self_contained_and_filled(made_up):
+    html, about, _ = made_up()
+    found = check_self_contained(html)
+    assert (about["tables"], about["figures"], len(found.images)) == (2, 3, 3)
+    assert "<b>ours" not in html and "&lt;b&gt;ours" in html  # what tables hold is text
+    assert made_up()[0] == html
+
+
+def test_table_shows_published_above_measured_and_the_numbers_of_its_file(made_up):
+    rows = dict(Tables(made_up()[0]).tables)["tables/table_2.csv"]
+    assert rows[0] == ["", "", "mean", "cls", "n"]
+    assert rows[1:3] == [["CLIP", "published", "42.8", "7.0", ""], ["CLIP", "measured", "41.2 [40.0,\u00a042.5]", "–", "90"]]
+    assert rows[3:] == [["<b>ours</b>", "measured", "0.5 [0.1,\u00a00.9]", "–", "80"]]
+
+
+def test_a_long_table_is_folded_and_cut_openly(made_up):
+    html, _, folder = made_up()
+    rows = dict(reversed(Tables(html).tables))["tables/miniature.csv"]
+    assert len(rows) == 1 + LIMITS["most_lines"] and "<details>" in html and "The first 6 of 9 lines" in html
+    assert rows[3][0] == pd.read_csv(folder / "tables/miniature.csv").part[2]
+
+
+def test_the_miniature_is_marked_and_nothing_else(made_up):
+    html, about, _ = made_up()
+    assert about["miniature"] == ["C_miniature"]
+    for part in re.split(r'<section id="', html)[1:]:
+        shown = len(re.findall(r"<img |<table", part)) if not part.startswith("provenance") else 0
+        assert part.count('class="mark"') == (shown if part.startswith("sc") else 0), part[:20]
+
+
+def test_a_number_in_prose_comes_from_a_record(made_up):
+    _, _, folder = made_up()
+    path = folder / "records/C_miniature.json"
+    path.write_text(path.read_text().replace('"megabytes": 1.5', '"megabytes": 77.25'))
+    assert "77.25 MB" in made_up()[0]
+
+
+def test_what_is_missing_stops_the_page_with_the_notebooks_name(made_up):
+    _, _, folder = made_up()
+    for name, notebook in {"tables/table_2.csv": "33_text_encoder_results", "figures/miniature_prompts.png": "C_miniature", "records/C_miniature.json": "C_miniature"}.items():
+        kept = (folder / name).rename(folder / "kept")
+        with pytest.raises(FileNotFoundError, match=f"{name} is missing; notebook {notebook} makes it"): made_up()
+        kept.rename(folder / name)
+    with (folder / "tables/table_2.csv").open("a") as file: file.write("CLIP,pooler,1,1,1,1,1,10,\n")
+    with pytest.raises(ValueError, match="tables/table_2.csv is not what records/33_text_encoder_results.json tells of"): made_up()
+
+
+def test_what_the_profile_leaves_out_is_said(made_up):
+    html, about, _ = made_up()
+    assert "Not in this run: this profile has no section 23_autoencoder." in html
+    assert about["left_out"]["D_benchmarks"] == "measured apart from the report, by make benchmarks"
+
+
+def test_the_page_expects_what_the_graph_runs(tmp_path, copy_project, run_in):
+    profile = core.load_profile("public")
+    done = run_in(copy_project(tmp_path), "snakemake", "-n", "--cores", 1, "--config", "profile=public")
+    graph = set(re.findall(r"^(?:local)?rule notebook_(\w+):", done.stdout + done.stderr, flags=re.M))
+    apart = {name for section in page.sections() if "apart" in section for name in section["notebooks"]}
+    assert graph == profile.keys() - page.left_out(profile).keys() - apart | {"F_page"}
+
+
+def test_every_notebook_of_the_report_has_its_place():
+    placed = [name for section in page.sections() for name in section["notebooks"]]
+    assert len(placed) == len(set(placed)) and core.load_profile("demo").keys() - {"F_page"} <= set(placed)
+
+
+committed = pytest.mark.skipif(not (DEMO / "report.html").exists(), reason="the demo's page is not there; make report")
+
+
+@committed
+def test_the_demos_page():
+    path = DEMO / "report.html"
+    found = check_self_contained(path.read_text())
+    assert path.stat().st_size <= 1.8e6
+    missing = [link for link in found.links if not link.startswith("#") and not (DEMO / link).exists()]
+    assert not missing
+    shown = {file for file, _ in found.tables}
+    assert {f"tables/{p.name}" for p in tracked("outputs/demo/tables")} <= shown
+    for i in range(1, 7):
+        table = pd.read_csv(DEMO / f"tables/table_{i}.csv").drop_duplicates(["row", "column"], keep=False)
+        rows = dict(found.tables)[f"tables/table_{i}.csv"]
+        cells = {(row[0], row[1], name): cell for row in rows[1:] for name, cell in zip(rows[0], row)}
+        for value in ("published", "measured"):
+            there = table.dropna(subset=value)
+            told = [cells[row, value, str(column).replace("_", " ")] for row, column in zip(there.row, there.column)]
+            assert [float(cell.split(" ")[0]) for cell in told] == pytest.approx(there[value].tolist(), abs=0.0501)
+            assert [("[" in cell) for cell in told] == (there.ci_low.notna() & (value == "measured")).tolist()
+
+
+@committed
+def test_the_demos_pieces_have_words_of_their_own():
+    for section in page.sections():
+        for name in section["notebooks"]:
+            if not (DEMO / f"records/{name}.json").exists(): continue
+            for file in json.loads((DEMO / f"records/{name}.json").read_text())["outputs"]:
+                piece, _, kind = file.rpartition(".")
+                if kind in ("csv", "png") and file.startswith(("tables/", "figures/")):
+                    assert page.about_piece(piece, section["shown"])["order"][0] < len(section["shown"]), f"templates/report.yaml has no words for {file}"
+
+
+LOOK = """<link rel="icon" href="data:,"><iframe src="report.html" style="width: 390px; height: 800px; border: 0"></iframe><script>
+onload = async () => {
+  const page = document.querySelector("iframe").contentDocument;
+  for (const fold of page.querySelectorAll("details")) fold.open = true;
+  const loaded = await Promise.allSettled([...page.images].map(image => image.decode()));
+  const wide = [...page.querySelectorAll("main *")].filter(e => !e.closest(".scroll, .card, .again") && e.getBoundingClientRect().right > 390);
+  fetch("found", {method: "POST", body: JSON.stringify({
+    width: page.documentElement.scrollWidth, wide: wide.length, loaded: loaded.filter(one => one.status == "fulfilled").length,
+    images: [...page.images].map(image => [image.naturalWidth, image.naturalHeight, image.clientWidth]),
+    tables: [...page.querySelectorAll("table")].map(table => table.rows.length),
+  })});
+};
+</script>"""
+
+
+@pytest.fixture
+def browse(tmp_path_factory):
+    "A function that opens report.html of a folder in Chromium, 390 pixels wide: what it found there, its console, paths asked for."
+    started = []
+
+    def look(folder):
+        asked, told, place = [], [], tmp_path_factory.mktemp("chromium")
+        seen = threading.Event()
+
+        class Handler(SimpleHTTPRequestHandler):
+            def do_GET(self):
+                asked.append(self.path)
+                if self.path != "/look.html": return super().do_GET()
+                self.send_response(200)
+                self.send_header("Content-Type", "text/html; charset=utf-8")
+                self.end_headers()
+                self.wfile.write(LOOK.encode())
+
+            def do_POST(self):
+                told.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+                seen.set()
+                self.send_response(204)
+                self.end_headers()
+
+            def log_message(self, *args): pass
+
+        server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=folder))
+        started.append(server.shutdown)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--enable-logging=stderr", "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"]
+        with (place / "log").open("w") as log:
+            browser = subprocess.Popen([CHROMIUM, *flags, f"--user-data-dir={place}", f"http://127.0.0.1:{server.server_port}/look.html"], stderr=log, stdout=log)
+            started.append(browser.kill)
+            answered = seen.wait(60)
+            browser.terminate()
+            browser.wait(20)
+        log = (place / "log").read_text()
+        assert answered, (asked, re.findall(r":CONSOLE.*", log), log[-800:])
+        return told[0], re.findall(r":CONSOLE.*", log), asked
+
+    yield look
+    for stop in started: stop()
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+def test_in_a_browser(made_up, browse):
+    html, about, folder = made_up()
+    found, console, asked = browse(folder)
+    assert console == [] and sorted(asked) == ["/look.html", "/report.html"]
+    assert found["width"] <= 390 and found["wide"] == 0
+    assert len(found["images"]) == found["loaded"] == about["figures"] and found["images"][0] == [600, 60, found["images"][0][2]]
+    assert all(rows > 1 for rows in found["tables"])
+    # the same look does see a script that fails, a line too wide and a file that is asked for
+    bad = '<p style="width: 500px">wide</p><script>nothing()</script><script src="more.js"></script>'
+    (folder / "report.html").write_text(html.replace("<main>", f"<main>{bad}"))
+    found, console, asked = browse(folder)
+    assert found["width"] > 390 and found["wide"] > 0 and "/more.js" in asked and "nothing is not defined" in "".join(console)
+
+
+@committed
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+def test_the_demos_page_in_a_browser(browse):
+    found, console, asked = browse(DEMO)
+    assert console == [] and sorted(asked) == ["/look.html", "/report.html"]
+    assert found["width"] <= 390 and found["wide"] == 0
+    assert len(found["images"]) == found["loaded"] > 20 and all(min(w, h) > 100 and shown > 200 for w, h, shown in found["images"])
+    assert all(rows > 1 for rows in found["tables"])
