@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['REFERENCE', 'QUANTIFIER', 'PROMPTS', 'EXTENDED', 'RESTS_ON', 'PAPER_DATA', 'MINIATURE', 'PHANTOMS', 'VERDICTS',
-           'UNTESTABLE', 'Estimate', 'exact', 'references', 'expand', 'compare', 'outcome', 'decide', 'strategy',
-           'frame_cells', 'best_cells', 'peak_ratio', 'printed_cells', 'generation_cells', 'text_cells', 'method_cells',
-           'quality_cells', 'world_of', 'printed_figures', 'printed_check', 'verdict']
+           'UNTESTABLE', 'Estimate', 'exact', 'references', 'expand', 'compare', 'outcome', 'decide', 'all_alike',
+           'strategy', 'frame_cells', 'best_cells', 'peak_ratio', 'printed_cells', 'generation_cells', 'text_cells',
+           'method_cells', 'quality_cells', 'world_of', 'printed_figures', 'printed_check', 'verdict']
 
 # %% ../nbs/40_discussion.ipynb #7ab9dbef
 import ast
@@ -50,7 +50,7 @@ def exact(
     "A number without an interval of its own: a printed one, a constant, a count."
     return Estimate(value, value, value, n)
 
-# %% ../nbs/40_discussion.ipynb #9bd8892c
+# %% ../nbs/40_discussion.ipynb #0053690d
 REFERENCE = re.compile(r"(\w+)\[([^\]|]+) \| ([^\]]+)\]")  # table, row, column
 QUANTIFIER = re.compile(r"(?:(all|any|most|at least (\d+)): )?(.+)")
 
@@ -68,7 +68,7 @@ def expand(
     named = references(comparison)
     starred = [(table, column) for table, row, column in named if row == "*"]
     single = {row for _, row, _ in named}
-    choices = {row: row.split(" / ") for row in single if " / " in row}
+    choices = {row: row.split(" / ") for _, row, _ in named if " / " in row}
     if starred:
         rows = [row for table, row, column in cells if (table, column) == starred[0] and row not in single]
         choices["*"] = [row for row in rows if all((table, row, column) in cells for table, column in starred)]
@@ -147,7 +147,18 @@ def decide(
     if total > 1: why = [f"{held} of {total} comparisons hold, {open_} undecided, {need} needed", *why]
     return state, why, [f"{table}[{row} | {column}]" for table, row, column in named]
 
-# %% ../nbs/40_discussion.ipynb #a8d32471
+# %% ../nbs/40_discussion.ipynb #88ee0b5a
+def all_alike(
+    share: Estimate,  # 0 to 1
+    fewest: int,  # images of the smaller set
+) -> Estimate:
+    "A share with an interval that knows how many images it is of."
+    if not share.low == share.high: return share
+    width = 1 - 0.025 ** (1 / fewest)
+    ends = {0: (0.0, width), 1: (1 - width, 1.0)}.get(share.value, (math.nan, math.nan))
+    return Estimate(share.value, *ends, share.n)
+
+# %% ../nbs/40_discussion.ipynb #abf9f407
 PROMPTS = {
     "a_photo_of_a_lung_xray": "plain",
     "a_photo_of_a_lung_xray_with_a_visible_pleural_effusion": "effusion",
@@ -168,17 +179,19 @@ def strategy(
     short = variant.removeprefix("no findings and abnormality").removeprefix(", ")
     return f"U-Net, {short or 'no prior'}"
 
-# %% ../nbs/40_discussion.ipynb #46b63fa3
+# %% ../nbs/40_discussion.ipynb #983e5b7b
 def frame_cells(
     table: str,  # as rules call it
     frame: pd.DataFrame,  # row, column, value
     value: str = "measured",  # column of the numbers; with ci_low, ci_high and n unless it is "published"
+    fewest: int = 0,  # images of a set, where numbers are shares: `all_alike` looks at their intervals
 ) -> dict:  # (table, row, column) -> Estimate
     "Cells of a long table, those without a value left out."
     found = {}
     for one in frame.dropna(subset=value).to_dict("records"):
-        ends = () if value == "published" else (one["ci_low"], one["ci_high"], int(one["n"]))
-        found[table, str(one["row"]), one["column"]] = Estimate(one[value], *ends) if ends else exact(one[value])
+        number = exact(one[value])
+        if value != "published": number = Estimate(one[value], one["ci_low"], one["ci_high"], int(one["n"]))
+        found[table, str(one["row"]), one["column"]] = all_alike(number, fewest) if fewest else number
     return found
 
 def best_cells(
@@ -200,7 +213,7 @@ def peak_ratio(
     "The PSNR of an error, of torchxrayvision's whole range."
     return 20 * math.log10(2048 / rmse)
 
-# %% ../nbs/40_discussion.ipynb #31d786d6
+# %% ../nbs/40_discussion.ipynb #8dab89fc
 def _long(name, row):
     "A printed table as row, column, published."
     frame = published(name).rename(columns={row: "row"})
@@ -247,7 +260,7 @@ def printed_cells() -> dict:  # (table, row, column) -> Estimate
     rows = {(table, row, "chance"): chance for table, row, _ in two | three}
     return cells | two | three | rows
 
-# %% ../nbs/40_discussion.ipynb #90d2de35
+# %% ../nbs/40_discussion.ipynb #20b51ad2
 EXTENDED = {  # measure of table_4_extended -> the table a rule knows it as
     "frechet": "table_4", "precision": "precision", "coverage": "coverage", "ms_ssim − real": "ms_ssim_difference",
 }
@@ -283,7 +296,7 @@ def text_cells(
     named = lambda text: "Macro" if text.startswith("Macro, ") else names.get(text, text)
     return {(table, named(row), names.get(column, column)): found for (table, row, column), found in cells.items()}
 
-# %% ../nbs/40_discussion.ipynb #bce22d43
+# %% ../nbs/40_discussion.ipynb #e5d98b74
 def method_cells(
     projections: pd.DataFrame,  # tables/textual_projection.csv
     trainings: pd.DataFrame,  # tables/training_details.csv
@@ -308,7 +321,7 @@ def quality_cells(
             cells[name, "psnr_of_mean_rmse", "mean"] = Estimate(value, low, high, rmse.n)
     return cells
 
-# %% ../nbs/40_discussion.ipynb #3f833813
+# %% ../nbs/40_discussion.ipynb #0e820a3b
 _QUALITY = ["table_1", "reconstruction", "reconstruction_by_size", "reconstruction_distances", "burnt_in_text",
             "reconstruction_by_label"]
 _TRAINED = ["25_textual_projection", "26_textual_inversion", "27_unet_finetuning"]
@@ -336,7 +349,7 @@ def world_of(
     if used & phantoms or any(MINIATURE in json.dumps(record["parameters"]) for record in records): return "miniature"
     return "paper" if used and used <= PAPER_DATA else "public"
 
-# %% ../nbs/40_discussion.ipynb #c0a8b45c
+# %% ../nbs/40_discussion.ipynb #e5978289
 VERDICTS = {
     True: {"miniature": "seen in the miniature", "public": "reproduced", "paper": "reproduced"},
     False: {"miniature": "not seen in the miniature", "public": "not reproduced", "paper": "not reproduced"},
@@ -371,19 +384,19 @@ def printed_check(
     if state == "missing": return ""
     return "holds" if state == "holds" else f"contradicted: {'; '.join(why)}"
 
-# %% ../nbs/40_discussion.ipynb #85a4a721
+# %% ../nbs/40_discussion.ipynb #1c023f17
 def verdict(
     claim: dict,  # a row of claims.csv
     cells: dict,  # (table, row, column) -> Estimate, measured
     worlds: dict[str, str],  # table -> world, of the tables that this run has
     others: dict[str, dict],  # name of another judge, extractor or set of reports -> its cells in the place of these
-) -> dict:  # measured, world, verdict, reason, elsewhere
+) -> dict:  # measured, world, verdict, outcome, reason, elsewhere
     "What was measured of a claim, and what follows; raises ValueError for a rule that is not understood."
     rule, not_here = claim["rule"], claim["not_here"]
     tables = {table for table, _, _ in references(rule)}
     found = {worlds[table] for table in tables if table in worlds}
     world = next((name for name in ("miniature", "public", "paper") if name in found), "")
-    blank = {"measured": "", "world": world, "verdict": UNTESTABLE, "elsewhere": ""}
+    blank = {"measured": "", "world": "", "verdict": UNTESTABLE, "outcome": "", "elsewhere": ""}
     if not rule or (not_here and world == "miniature"): return blank | {"reason": not_here}
     if lost := sorted(tables - worlds.keys()):
         return blank | {"reason": f"this run has no {', '.join(lost)}: {RESTS_ON[lost[0]][0]} did not make it"}
@@ -398,5 +411,5 @@ def verdict(
         rest = {key: one for key, one in cells.items() if key[0] not in replaced}
         again[name] = decide(rule, rest | own)[0]
     elsewhere = "; ".join(f"{name}: {state}" for name, state in again.items() if state != "missing")
-    word = VERDICTS[state == "holds"][world]
-    return {"measured": shown, "world": world, "verdict": word, "reason": "; ".join(why), "elsewhere": elsewhere}
+    said = {"verdict": VERDICTS[state == "holds"][world], "outcome": state, "reason": "; ".join(why)}
+    return {"measured": shown, "world": world, **said, "elsewhere": elsewhere}
