@@ -29,7 +29,7 @@ SETS = ["", *(f"_{core.slug(line.partition('=')[0])}" for line in PARAMETERS["21
 def figures(*names): return [f"figures/{name}.{kind}" for name in names for kind in ("png", "svg")]
 
 
-def sheets(*names): return [f"figures/{name}.png" for name in names]
+def sheets(*names): return [f"figures/{name}.webp" for name in names]
 
 
 def of_sets(name, *kinds): return [f"{name}{of}.{kind}" for of in SETS for kind in kinds]
@@ -97,7 +97,7 @@ def adaptation_graph():
         "31_training_details": (records, ["tables/training_details.csv"]),
         "10_introduction": (
             ["records/22_stable_diffusion.json", "records/27_unet_finetuning.json", "records/28_classification.json", *original_images(), *images["27_unet_finetuning"]],
-            sheets("figure_1"),
+            ["figures/figure_1.png"],
         ),
         **results_graph([*records, *original_images(), *(image for own in images.values() for image in own)]),
         "E_ablations": ablations([*few_shot, *phantoms, *trained]),
@@ -113,7 +113,7 @@ def ablations(trained):
     texts = [*of_sets("cohorts/text_evaluation", "csv"), "measures/bag_of_words.parquet", *EMBEDDINGS]
     varied = ["runs", "few_shot_images", "training_steps", "prior_weight", "guidance_scale", "sampler_steps", "chexpert_k"]
     tables = [f"tables/{name}.csv" for name in ("ablations", "ablation_seeds")]
-    return [*trained, *cohort, *records, features, *texts], [*tables, *sheets(*(f"ablation_{name}" for name in varied))]
+    return [*trained, *cohort, *records, features, *texts], [*tables, *(f"figures/ablation_{name}.png" for name in varied)]
 
 
 def results_graph(pictures):
@@ -127,17 +127,17 @@ def results_graph(pictures):
     tables = ["table_5", *(f"table_5_{judge}" for judge in judges if judge != main), "classification_thresholds"]
     tables += ["judges_compared"] * (len(judges) > 1) + ["domain_gap"] * bool(source)
     rebuilt = [f"measures/reconstruction_features_{kind}.parquet" for kind in kinds] * bool(source)
-    curves = ["classification_roc", "classification_scores", "classification_thresholds", *["domain_gap"] * bool(source)]
+    curves = ["classification_roc", "classification_thresholds", *["domain_gap"] * bool(source)]
     compared = ["table_4", "table_4_extended", "table_4_ranks"]
     return {
         "28_classification": (["records/22_stable_diffusion.json", *pictures, *real], measured),
         "34_generation_results": (
             read,
             [*(f"tables/{name}.csv" for name in compared), "measures/generated_nearest.parquet",
-             *sheets("figure_4", "figure_5", "nearest_training_images"), *figures("generation_measures")],
+             "figures/figure_4.png", "figures/figure_5.png", *sheets("nearest_training_images"), *figures("generation_measures")],
         ),
         "35_classification_results": (
-            [*read, *rebuilt], [*(f"tables/{name}.csv" for name in tables), *figures(*curves), *sheets("classification_extremes")],
+            [*read, *rebuilt], [*(f"tables/{name}.csv" for name in tables), *figures(*curves), "figures/classification_scores.png", *sheets("classification_extremes")],
         ),
     }
 

@@ -341,22 +341,38 @@ def write_figure(
     self: Run,
     name: str,  # file stem below figures/, e.g. "figure_6"
     figure,  # a matplotlib figure
-    vector: bool = True,  # also as SVG; not for sheets of images, whose pixels it would only hold once more
+    vector: bool = True,  # also as SVG; not for images, whose pixels it would only hold once more
 ) -> None:
     """Write a figure as `figures/<name>.png` and `.svg`, byte for byte the same for the same figure.
 
-    The PNG has all its grey levels; one in colour has 256 colours, a sheet 128.
+    The PNG has all its grey levels, or 256 colours.
     """
     import matplotlib as mpl
     def small(path):
         drawn = BytesIO()
-        # a sheet's images are shown two or three times their size as it is: more dots would only weigh
-        figure.savefig(drawn, bbox_inches="tight", dpi=200 if vector else 130)
-        _few_colours(drawn, 256 if vector else 128).save(path, "PNG", optimize=True)
+        figure.savefig(drawn, bbox_inches="tight", dpi=150)
+        _few_colours(drawn, 256).save(path, "PNG", optimize=True)
     if vector:
         with mpl.rc_context({"svg.hashsalt": name, "svg.fonttype": "none"}):
             self.write(f"figures/{name}.svg", lambda p: figure.savefig(p, bbox_inches="tight", metadata={"Date": None}))
     self.write(f"figures/{name}.png", small)
+
+# %% ../nbs/00_core.ipynb #927c2073
+@patch
+def write_sheet(
+    self: Run,
+    name: str,  # file stem below figures/, e.g. "few_shot_candidates"
+    figure,  # a matplotlib figure that shows images
+) -> None:
+    "Write a sheet of images as `figures/<name>.webp`, byte for byte the same for the same figure."
+    from PIL import Image
+    def small(path):
+        drawn = BytesIO()
+        # its images are shown larger than they are: more dots would only weigh
+        figure.savefig(drawn, bbox_inches="tight", dpi=130)
+        # as PNG, a sheet of generated images weighs four times as much, and all results are committed
+        Image.open(drawn).convert("RGB").save(path, "WEBP", quality=85, method=6)
+    self.write(f"figures/{name}.webp", small)
 
 # %% ../nbs/00_core.ipynb #f159ccdf
 def figure_style() -> None:
@@ -422,12 +438,13 @@ def paper_view(
     )
 
 # %% ../nbs/00_core.ipynb #4c4e46e6
-def _lighter(data):
-    "An output's picture as PNG of 256 colours or, where that weighs less, as JPEG; figures/ has it as it is."
+def _lighter(data, widest=640):
+    "An output's picture as a smaller one, PNG or JPEG, whichever weighs less; figures/ has it as it is."
     from PIL import Image
-    picture, png, jpeg = BytesIO(base64.b64decode(data["image/png"])), BytesIO(), BytesIO()
-    _few_colours(picture, 256).save(png, "PNG", optimize=True)
-    Image.open(picture).convert("RGB").save(jpeg, "JPEG", quality=80, optimize=True)
+    picture, png, jpeg = Image.open(BytesIO(base64.b64decode(data["image/png"]))).convert("RGB"), BytesIO(), BytesIO()
+    picture.thumbnail((widest, picture.height), Image.LANCZOS)
+    picture.quantize(64, kmeans=1).save(png, "PNG", optimize=True)
+    picture.save(jpeg, "JPEG", quality=70, optimize=True)
     kind, kept = min(("image/png", png.getvalue()), ("image/jpeg", jpeg.getvalue()), key=lambda pair: len(pair[1]))
     others = {k: v for k, v in data.items() if k != "image/png"}
     return others | {kind: base64.b64encode(kept).decode()}

@@ -541,7 +541,7 @@ def test_the_notebook_writes_a_cohort_of_every_data_set(ran):
         cohort, sample = (read_cohort(ran / f"cohorts/{name}{kind}.csv") for kind in ("", "_sample"))
         assert cohort.groupby("patient_id").split.nunique().max() == 1
         assert len(sample) == 8 and sample["view"].isin(["AP", "PA"]).all() and set(sample.image_id) <= set(cohort.image_id)
-        assert (ran / f"figures/cohort_sample_{name}.png").stat().st_size > 10_000
+        assert (ran / f"figures/cohort_sample_{name}.webp").stat().st_size > 3_000
     captions = pd.read_parquet(ran / "cohorts/captions.parquet")
     assert len(captions) == 100 and record["results"]["captions"]["null"] == 3
     table = pd.read_csv(ran / "tables/cohorts.csv")
@@ -549,7 +549,7 @@ def test_the_notebook_writes_a_cohort_of_every_data_set(ran):
 
 
 def test_reports_are_shown_where_the_licence_lets_them(ran):
-    shown = {p.stem for p in (ran / "figures").glob("cohort_reports_*.png")}
+    shown = {p.stem for p in (ran / "figures").glob("cohort_reports_*.webp")}
     assert shown == {"cohort_reports_open_i", "cohort_reports_mine"}
 
 

@@ -11,10 +11,10 @@ from cxr_nb import core
 
 
 NOTEBOOKS = {
-    "03_phantoms", "21_datasets", "22_stable_diffusion", "23_autoencoder", "24_text_encoder", "25_textual_projection",
+    "03_phantoms", "10_introduction", "21_datasets", "22_stable_diffusion", "23_autoencoder", "24_text_encoder", "25_textual_projection",
     "26_textual_inversion", "27_unet_finetuning", "28_classification", "31_training_details", "32_autoencoder_results",
-    "33_text_encoder_results", "34_generation_results", "35_classification_results", "A_chexpert_reconstruction",
-    "B_text_clusters", "C_miniature",
+    "33_text_encoder_results", "34_generation_results", "35_classification_results", "40_discussion", "A_chexpert_reconstruction",
+    "B_text_clusters", "C_miniature", "F_page",
 }
 
 
@@ -65,10 +65,12 @@ def test_it_writes_what_was_agreed(report):
         around = measured[~measured.column.isin(["min", "max"])]  # an extreme has no interval
         assert len(around) and around.ci_low.le(around.measured).all() and around.ci_high.ge(around.measured).all()
         assert (measured.n > 0).all() and (table[table.measured.isna()].n == 0).all()
-    drawn = {"figure_2", "figure_8", "figure_6", "figure_7", "chexpert_at_k", "chexpert_at_k_phantom_reports", "text_evaluation_classes", "cohort_labels", "cohort_patients", "cohort_cooccurrence", "figure_3", "reconstruction_by_size", "miniature_losses", "textual_projection_loss", "textual_inversion_loss", "unet_losses", "generation_measures", "classification_roc", "classification_scores", "classification_thresholds", "domain_gap"}
-    sheets = {"images_original", "miniature_prompts", "tsne", "tsne_phantom_reports", "phantoms", "phantom_findings", "cohort_sample_phantoms", "few_shot_candidates", "reconstruction_examples", "textual_projection_along", "textual_inversion_along", "few_shot", "unet_along_training", "images_unet", "figure_4", "figure_5", "nearest_training_images", "classification_extremes"}
-    for name in drawn | sheets:
-        assert (out / f"figures/{name}.png").stat().st_size > 10_000 and (out / f"figures/{name}.svg").exists() == (name in drawn)
+    drawn = {"figure_2", "figure_8", "figure_6", "figure_7", "chexpert_at_k", "chexpert_at_k_phantom_reports", "text_evaluation_classes", "cohort_labels", "cohort_patients", "cohort_cooccurrence", "figure_3", "reconstruction_by_size", "miniature_losses", "textual_projection_loss", "textual_inversion_loss", "unet_losses", "generation_measures", "classification_roc", "classification_thresholds", "domain_gap", "claims"}
+    images = {"figure_1", "figure_4", "figure_5", "tsne", "tsne_phantom_reports", "classification_scores"}
+    sheets = {"images_original", "miniature_prompts", "phantoms", "phantom_findings", "cohort_sample_phantoms", "few_shot_candidates", "reconstruction_examples", "textual_projection_along", "textual_inversion_along", "few_shot", "unet_along_training", "images_unet", "nearest_training_images", "classification_extremes"}
+    # numbered figures are PNG whatever they show
+    for name in drawn | images: assert (out / f"figures/{name}.png").stat().st_size > 10_000 and (out / f"figures/{name}.svg").exists() == (name in drawn)
+    for name in sheets: assert (out / f"figures/{name}.webp").stat().st_size > 3_000
     for name in NOTEBOOKS:
         assert (out / f"notebooks/{name}.ipynb").exists()
         record = json.loads((out / f"records/{name}.json").read_text())
