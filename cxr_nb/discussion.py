@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['REFERENCE', 'QUANTIFIER', 'PROMPTS', 'EXTENDED', 'RESTS_ON', 'PAPER_DATA', 'MINIATURE', 'PHANTOMS', 'VERDICTS',
            'UNTESTABLE', 'Estimate', 'exact', 'references', 'expand', 'compare', 'outcome', 'decide', 'all_alike',
-           'strategy', 'frame_cells', 'best_cells', 'peak_ratio', 'printed_cells', 'generation_cells', 'text_cells',
-           'method_cells', 'quality_cells', 'world_of', 'printed_figures', 'printed_check', 'verdict']
+           'strategy', 'frame_cells', 'best_cells', 'peak_ratio', 'printed_cells', 'stand_in_names', 'by_own_name',
+           'generation_cells', 'text_cells', 'method_cells', 'quality_cells', 'world_of', 'printed_figures',
+           'printed_check', 'verdict']
 
 # %% ../nbs/40_discussion.ipynb #7ab9dbef
 import ast
@@ -108,17 +109,17 @@ def compare(
     if parts[3]: return left - right, float(parts[3])
     return (left - right if parts[2] == ">" else right - left), math.nan
 
-# %% ../nbs/40_discussion.ipynb #dafdeaa1
+# %% ../nbs/40_discussion.ipynb #8b1eec19
 def outcome(
     difference: Estimate,
     margin: float = math.nan,  # it must keep within; NaN: it must be above zero
 ) -> tuple[str, str]:  # holds, fails or undecided; and why
     "Decide one comparison by the interval of its difference."
     d, m = difference, margin
-    sampled = d.low < d.high
-    said = f"{d.value:+.3g}" + (f" [{d.low:+.3g}, {d.high:+.3g}]" if sampled else "")
-    if math.isnan(d.low) or math.isnan(d.high): return "undecided", f"{said} has no interval"
     tiny = 1e-9  # printed numbers are compared as decimals
+    signed = lambda x: f"{0 if abs(x) < tiny else x:+.3g}"
+    said = signed(d.value) + (f" [{signed(d.low)}, {signed(d.high)}]" if d.high - d.low > tiny else "")
+    if math.isnan(d.low) or math.isnan(d.high): return "undecided", f"{said} has no interval"
     if math.isnan(m):
         if d.low > tiny: return "holds", f"{said} is above zero"
         if d.high <= tiny: return "fails", f"{said} is not above zero"
@@ -260,7 +261,29 @@ def printed_cells() -> dict:  # (table, row, column) -> Estimate
     rows = {(table, row, "chance"): chance for table, row, _ in two | three}
     return cells | two | three | rows
 
-# %% ../nbs/40_discussion.ipynb #20b51ad2
+# %% ../nbs/40_discussion.ipynb #cc4cba91
+def stand_in_names(
+    stand_ins: Iterable[str],  # "encoder of the paper = encoder of this run"
+) -> dict[str, str]:  # encoder of the paper -> encoder of this run
+    "Which encoder has another's part; raises ValueError for a part that the paper has not."
+    names = {}
+    for line in stand_ins:
+        printed, _, own = (part.strip() for part in line.partition("="))
+        if not own or printed not in set(published("table_2").encoder):
+            raise ValueError(f"stand_ins: '{line}': write an encoder of the paper's Table 2 = one of this run's")
+        names[printed] = own
+    return names
+
+def by_own_name(
+    text: str,  # of a verdict's `measured`
+    stand_ins: Iterable[str],  # as `stand_in_names` takes them
+) -> str:
+    "Say which encoder was measured in the place of the paper's."
+    for printed, own in stand_in_names(stand_ins).items():
+        text = re.sub(rf"(^|; |, ){re.escape(printed)}(?=[,:])", rf"\1{own} (for {printed})", text)
+    return text
+
+# %% ../nbs/40_discussion.ipynb #01f2dbc6
 EXTENDED = {  # measure of table_4_extended -> the table a rule knows it as
     "frechet": "table_4", "precision": "precision", "coverage": "coverage", "ms_ssim − real": "ms_ssim_difference",
 }
@@ -282,13 +305,8 @@ def text_cells(
     table_3: pd.DataFrame,  # of the same reports
     stand_ins: Iterable[str] = (),  # "encoder of the paper = encoder of this run"
 ) -> dict:  # (table, row, column) -> Estimate
-    "Tables 2 and 3 with chance; raises ValueError for a stand-in that this run has not, or that stands in for none."
-    names = {}
-    for line in stand_ins:
-        printed, _, own = (part.strip() for part in line.partition("="))
-        if printed not in set(published("table_2").encoder):
-            raise ValueError(f"stand_ins: '{line}': the paper has no encoder {printed!r}")
-        names[own] = printed
+    "Tables 2 and 3 with chance; raises what `stand_in_names` raises."
+    names = {own: printed for printed, own in stand_in_names(stand_ins).items()}
     cells = best_cells(frame_cells("table_2", table_2)) | frame_cells("table_3", table_3)
     for name, frame in (("table_2", table_2), ("table_3", table_3)):
         known = frame.dropna(subset=["measured", "chance"])
@@ -296,7 +314,7 @@ def text_cells(
     named = lambda text: "Macro" if text.startswith("Macro, ") else names.get(text, text)
     return {(table, named(row), names.get(column, column)): found for (table, row, column), found in cells.items()}
 
-# %% ../nbs/40_discussion.ipynb #e5d98b74
+# %% ../nbs/40_discussion.ipynb #da37f0c3
 def method_cells(
     projections: pd.DataFrame,  # tables/textual_projection.csv
     trainings: pd.DataFrame,  # tables/training_details.csv
@@ -321,7 +339,7 @@ def quality_cells(
             cells[name, "psnr_of_mean_rmse", "mean"] = Estimate(value, low, high, rmse.n)
     return cells
 
-# %% ../nbs/40_discussion.ipynb #0e820a3b
+# %% ../nbs/40_discussion.ipynb #401e9674
 _QUALITY = ["table_1", "reconstruction", "reconstruction_by_size", "reconstruction_distances", "burnt_in_text",
             "reconstruction_by_label"]
 _TRAINED = ["25_textual_projection", "26_textual_inversion", "27_unet_finetuning"]
@@ -349,7 +367,7 @@ def world_of(
     if used & phantoms or any(MINIATURE in json.dumps(record["parameters"]) for record in records): return "miniature"
     return "paper" if used and used <= PAPER_DATA else "public"
 
-# %% ../nbs/40_discussion.ipynb #e5978289
+# %% ../nbs/40_discussion.ipynb #48766a97
 VERDICTS = {
     True: {"miniature": "seen in the miniature", "public": "reproduced", "paper": "reproduced"},
     False: {"miniature": "not seen in the miniature", "public": "not reproduced", "paper": "not reproduced"},
@@ -362,7 +380,7 @@ _DECIMALS = {f"table_{i}": ".1f" if i in (2, 3) else ".3f" for i in range(1, 7)}
 def _shown(name, found):
     "A cell with its number, interval and n."
     table, row, column = REFERENCE.fullmatch(name).groups()
-    interval = f" [{found.low:.3g}, {found.high:.3g}]" if found.low < found.high else ""
+    interval = f" [{found.low:.3g}, {found.high:.3g}]" if found.high - found.low > 1e-9 else ""
     return f"{row}, {column}: {found.value:.3g}{interval}" + (f" (n={found.n})" if found.n else "")
 
 def printed_figures(
@@ -384,7 +402,7 @@ def printed_check(
     if state == "missing": return ""
     return "holds" if state == "holds" else f"contradicted: {'; '.join(why)}"
 
-# %% ../nbs/40_discussion.ipynb #1c023f17
+# %% ../nbs/40_discussion.ipynb #a74f86a6
 def verdict(
     claim: dict,  # a row of claims.csv
     cells: dict,  # (table, row, column) -> Estimate, measured
