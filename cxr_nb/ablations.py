@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['few_shot_draws', 'few_shot_of_size', 'saved_along', 'drawn_by', 'scores_of', 'over_runs', 'beyond', 'scores_by_k']
 
-# %% ../nbs/E_ablations.ipynb #24bc4fe2
+# %% ../nbs/E_ablations.ipynb #d8ad11f3
 import hashlib
 import json
 import shutil
@@ -20,7 +20,7 @@ from scipy.stats import t
 from tqdm.auto import tqdm
 
 from .classification import effusion_scores
-from .datasets import few_shot_candidates
+from .datasets import CONCEPTS, few_shot_candidates, only_finding
 from .generation import bounded, jackknife
 from .judges import features, probabilities
 from .metrics import frechet_distance, group_mean_intervals
@@ -30,7 +30,7 @@ from .training import LOG, TrainingSettings, cached, checkpoints
 from .unet_finetuning import Variant, finetune, finetuning_record, open_finetuned, read_finetuned, save_finetuned
 from .unet_finetuning import training_samples
 
-# %% ../nbs/E_ablations.ipynb #7085f888
+# %% ../nbs/E_ablations.ipynb #507181f2
 def few_shot_draws(
     cohort: pd.DataFrame,  # a cohort table with splits and a row per image
     roots: dict,  # source -> folder of its images
@@ -40,7 +40,9 @@ def few_shot_draws(
 ) -> list[pd.DataFrame]:  # concept, then the cohort's columns
     "Further sets of few-shot images, no two of one patient; raises ValueError where the cohort has too few."
     n = int(chosen.concept.value_counts().max())
-    rest = cohort[~cohort.patient_id.isin(chosen.patient_id)]
+    # a patient's first image may show more: so that a small cohort goes far, one is taken of those that do not
+    alone = np.any([only_finding(cohort, label) for label in CONCEPTS.values()], axis=0)
+    rest = cohort[alone & ~cohort.patient_id.isin(chosen.patient_id)]
     try: found = few_shot_candidates(rest, roots, n * draws, seed)
     except ValueError as error:
         raise ValueError(f"{draws} further sets of {n} images a concept: {error}; or take fewer seeds") from None
