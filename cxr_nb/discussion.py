@@ -402,12 +402,13 @@ def printed_check(
     if state == "missing": return ""
     return "holds" if state == "holds" else f"contradicted: {'; '.join(why)}"
 
-# %% ../nbs/40_discussion.ipynb #a74f86a6
+# %% ../nbs/40_discussion.ipynb #37a3210e
 def verdict(
     claim: dict,  # a row of claims.csv
     cells: dict,  # (table, row, column) -> Estimate, measured
     worlds: dict[str, str],  # table -> world, of the tables that this run has
     others: dict[str, dict],  # name of another judge, extractor or set of reports -> its cells in the place of these
+    absent: dict[str, str],  # table -> why this run has not the one that is meant, where that is known
 ) -> dict:  # measured, world, verdict, outcome, reason, elsewhere
     "What was measured of a claim, and what follows; raises ValueError for a rule that is not understood."
     rule, not_here = claim["rule"], claim["not_here"]
@@ -417,7 +418,8 @@ def verdict(
     blank = {"measured": "", "world": "", "verdict": UNTESTABLE, "outcome": "", "elsewhere": ""}
     if not rule or (not_here and world == "miniature"): return blank | {"reason": not_here}
     if lost := sorted(tables - worlds.keys()):
-        return blank | {"reason": f"this run has no {', '.join(lost)}: {RESTS_ON[lost[0]][0]} did not make it"}
+        why = absent.get(lost[0], f"{RESTS_ON[lost[0]][0]} did not make it")
+        return blank | {"reason": f"this run has no {', '.join(lost)}: {why}"}
     state, why, named = decide(rule, cells)
     if state == "missing":
         return blank | {"reason": "this run has no " + ", ".join(named[:2]) + " …" * (len(named) > 2)}

@@ -140,13 +140,13 @@ def test_flipped_numbers_flip_the_verdict():
     rows = ("table_5", "U-Net, with prior", "auc"), ("table_5", "Original Model", "auc")
     for world, words in {"miniature": "{} in the miniature", "public": "{}", "paper": "{}"}.items():
         seen, not_seen = (VERDICTS[held][world] for held in (True, False))
-        assert verdict(claim, dict(zip(rows, (high, low))), {"table_5": world}, {})["verdict"] == seen
-        assert verdict(claim, dict(zip(rows, (low, high))), {"table_5": world}, {})["verdict"] == not_seen
+        assert verdict(claim, dict(zip(rows, (high, low))), {"table_5": world}, {}, {})["verdict"] == seen
+        assert verdict(claim, dict(zip(rows, (low, high))), {"table_5": world}, {}, {})["verdict"] == not_seen
         near = dict(zip(rows, (Estimate(0.6, 0.5, 0.7, 100), low)))
-        found = verdict(claim, near, {"table_5": world}, {})
+        found = verdict(claim, near, {"table_5": world}, {}, {})
         assert (found["verdict"], found["outcome"]) == (not_seen, "undecided") and "includes zero" in found["reason"]
         blank = dict(zip(rows, (Estimate(0.9, math.nan, math.nan, 2), low)))
-        assert verdict(claim, blank, {"table_5": world}, {})["reason"].endswith("has no interval")
+        assert verdict(claim, blank, {"table_5": world}, {}, {})["reason"].endswith("has no interval")
     assert {word for words in VERDICTS.values() for word in words.values()} | {UNTESTABLE} == WORDS
 
 
@@ -187,23 +187,24 @@ def test_a_missing_table_is_one_clear_line(table):
     worlds = {name: "paper" for name in RESTS_ON if name != table}
     for claim in RULED.values():
         uses = table in {name for name, _, _ in references(claim["rule"])}
-        found = verdict(claim, cells, worlds, {})
+        found = verdict(claim, cells, worlds, {}, {})
         assert (found["verdict"] == UNTESTABLE) == uses
         if uses:
             assert found["reason"] == f"this run has no {table}: {RESTS_ON[table][0]} did not make it" and not found["measured"]
+            assert verdict(claim, cells, worlds, {}, {table: "of another data set"})["reason"] == f"this run has no {table}: of another data set"
             # there, but without the numbers
-            found = verdict(claim, cells, worlds | {table: "paper"}, {})
+            found = verdict(claim, cells, worlds | {table: "paper"}, {}, {})
             assert found["verdict"] == UNTESTABLE and f"{table}[" in found["reason"] and "\n" not in found["reason"]
 
 
 def test_claims_without_a_test_say_why():
-    found = {name: verdict(claim, MADE_UP, EVERYWHERE, {}) for name, claim in CLAIMS.items()}
+    found = {name: verdict(claim, MADE_UP, EVERYWHERE, {}, {}) for name, claim in CLAIMS.items()}
     for name, claim in CLAIMS.items():
         assert (found[name]["verdict"] == UNTESTABLE) == bool(claim["not_here"]), name
         assert found[name]["reason"], name
     for name in ("3.5g", "4l"): assert "E_ablations" in found[name]["reason"]
     # outside of the miniature a rule that needs the paper's own scale is asked
-    for name in ("3.1b", "3.2a", "4h"): assert verdict(CLAIMS[name], MADE_UP, dict.fromkeys(RESTS_ON, "paper"), {})["verdict"] != UNTESTABLE
+    for name in ("3.1b", "3.2a", "4h"): assert verdict(CLAIMS[name], MADE_UP, dict.fromkeys(RESTS_ON, "paper"), {}, {})["verdict"] != UNTESTABLE
 
 
 def test_rules_name_strategies_that_the_report_draws():
@@ -250,7 +251,7 @@ def test_one_stand_in_is_enough_for_the_miniature():
 def test_other_judges_answer_the_same_rule():
     claim, cells = CLAIMS["3.4r"], MADE_UP
     turned = {key: found * -1 for key, found in cells.items() if key[0] == "table_5"}
-    found = verdict(claim, cells, EVERYWHERE, {"judge_b": turned, "Phantom reports": {("table_2", "a", "b"): exact(1)}})
+    found = verdict(claim, cells, EVERYWHERE, {"judge_b": turned, "Phantom reports": {("table_2", "a", "b"): exact(1)}}, {})
     assert found["elsewhere"] == f"judge_b: {decide(claim['rule'], cells | turned)[0]}"
 
 
