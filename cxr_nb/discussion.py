@@ -283,7 +283,7 @@ def by_own_name(
         text = re.sub(rf"(^|; |, ){re.escape(printed)}(?=[,:])", rf"\1{own} (for {printed})", text)
     return text
 
-# %% ../nbs/40_discussion.ipynb #01f2dbc6
+# %% ../nbs/40_discussion.ipynb #60ed2397
 EXTENDED = {  # measure of table_4_extended -> the table a rule knows it as
     "frechet": "table_4", "precision": "precision", "coverage": "coverage", "ms_ssim − real": "ms_ssim_difference",
 }
@@ -305,8 +305,11 @@ def text_cells(
     table_3: pd.DataFrame,  # of the same reports
     stand_ins: Iterable[str] = (),  # "encoder of the paper = encoder of this run"
 ) -> dict:  # (table, row, column) -> Estimate
-    "Tables 2 and 3 with chance; raises what `stand_in_names` raises."
+    "Tables 2 and 3 with chance; raises ValueError for a part that is there itself, and what `stand_in_names` raises."
     names = {own: printed for printed, own in stand_in_names(stand_ins).items()}
+    there = set(table_2.dropna(subset="measured").row)
+    if twice := [own for own, printed in names.items() if {own, printed} <= there]:
+        raise ValueError(f"stand_ins: this run has {names[twice[0]]} and {twice[0]}; take the line out")
     cells = best_cells(frame_cells("table_2", table_2)) | frame_cells("table_3", table_3)
     for name, frame in (("table_2", table_2), ("table_3", table_3)):
         known = frame.dropna(subset=["measured", "chance"])
