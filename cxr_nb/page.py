@@ -4,17 +4,19 @@
 
 # %% auto #0
 __all__ = ['TEMPLATES', 'STUDIED', 'ADAPTED', 'WITHOUT', 'FOUND', 'sections', 'about_piece', 'left_out', 'promised',
-           'miniature_notebooks', 'places', 'count_column', 'paper_lines', 'plain_lines', 'constants', 'notes',
-           'table_views', 'embedded', 'interval', 'listed', 'found_datasets', 'found_stable_diffusion',
-           'found_autoencoder', 'found_text_encoder', 'trained', 'found_projection', 'found_inversion', 'found_unet',
-           'found_classification', 'found_training', 'changed', 'found_reconstruction', 'found_chexpert',
-           'found_encoders', 'found_generation', 'found_effusion', 'found_claims', 'found_clusters', 'found_miniature',
-           'section_view', 'provenance', 'written', 'report_page']
+           'miniature_notebooks', 'places', 'in_digits', 'count_column', 'paper_lines', 'plain_lines', 'constants',
+           'notes', 'table_views', 'inlined', 'embedded', 'interval', 'listed', 'found_introduction', 'found_datasets',
+           'found_stable_diffusion', 'found_autoencoder', 'found_text_encoder', 'trained', 'found_projection',
+           'found_inversion', 'found_unet', 'found_classification', 'found_training', 'changed', 'found_reconstruction',
+           'found_chexpert', 'found_encoders', 'found_generation', 'found_effusion', 'found_claims', 'found_clusters',
+           'found_benchmarks', 'found_ablations', 'found_miniature', 'drawn', 'section_view', 'provenance', 'written',
+           'report_page']
 
 # %% ../nbs/F_page.ipynb #330d7a99
 import base64
 import json
-from collections.abc import Callable
+import re
+from html import escape
 from importlib import resources
 from io import BytesIO
 from pathlib import Path
@@ -56,7 +58,7 @@ WITHOUT = {  # notebook -> the parameter that leaves it out when empty: (noteboo
     **dict.fromkeys(["23_autoencoder", "32_autoencoder_results", "A_chexpert_reconstruction"], STUDIED),
     **dict.fromkeys(["25_textual_projection", "26_textual_inversion", "27_unet_finetuning"], ADAPTED),
     **dict.fromkeys(["28_classification", "31_training_details", "34_generation_results"], ADAPTED),
-    **dict.fromkeys(["35_classification_results", "10_introduction"], ADAPTED),
+    **dict.fromkeys(["35_classification_results", "10_introduction", "40_discussion", "E_ablations"], ADAPTED),
 }
 
 def left_out(
@@ -102,9 +104,21 @@ def miniature_notebooks(
 def places(
     values: pd.Series,  # numbers of one row or column
 ) -> int:
-    "Digits after the point that show three significant ones of the largest value; 3 at most."
-    top = pd.to_numeric(values, errors="coerce").abs().replace(np.inf, np.nan).max()
-    return 3 if pd.isna(top) or top == 0 else int(np.clip(2 - np.floor(np.log10(top)), 0, 3))
+    "Digits after the point that show three significant ones of the largest value; 3 at most, 1 at least below 1,000."
+    top = values.abs().max()
+    return 3 if pd.isna(top) or top == 0 else int(np.clip(2 - np.floor(np.log10(top)), top < 1000, 3))
+
+def in_digits(
+    table: pd.DataFrame,  # TABLE_COLUMNS first
+    decimals: int | None,  # digits after the point; None: as places has it
+) -> pd.DataFrame:  # as core.paper_view gives it
+    "A table in the paper's shape, with digits by row or by column, whichever holds values of one size."
+    if decimals is not None: return paper_view(table, decimals)
+    size = np.log10(table.measured.abs().where(table.measured != 0))
+    by = min(("row", "column"), key=lambda name: size.groupby(table[name]).agg(np.ptp).mean())
+    values = table.groupby(by, sort=False)
+    parts = [paper_view(own, places(own.measured.fillna(own.published))) for _, own in values]
+    return pd.concat(parts, axis=["row", "column"].index(by))
 
 def count_column(
     measured: pd.DataFrame,  # rows of a table that were measured
@@ -116,17 +130,16 @@ def count_column(
 # %% ../nbs/F_page.ipynb #9b1a5879
 def paper_lines(
     table: pd.DataFrame,  # TABLE_COLUMNS, then further columns
-    decimals: int | None,  # digits after the point; None: three that count, by row
+    decimals: int | None,  # digits after the point; None: three that count
     also: list[str],  # further columns that hold one value per row
 ) -> dict:  # head: list of text; lines: (label, kind, cells); n: text; beside: whether anything is published
     "A long table in the paper's shape, with the number of observations where it belongs."
     has, measured = table[["published", "measured"]].notna(), table[table.measured.notna()]
-    views = [paper_view(own, places(own.measured) if decimals is None else decimals)
-             for _, own in table.groupby("row", sort=False)]
-    view = pd.concat(views).reindex(columns=table.column.unique()).fillna("–")
+    view = in_digits(table, decimals)
+    view = view.reindex(columns=table.column.unique()).fillna("–")
     there = {(row, kind) for kind in has for row in table.row[has[kind]]}
     by, beside = count_column(measured), bool(has.published.any())
-    extra = {name: table.groupby("row", sort=False)[name].first() for name in also}
+    extra = {name: table.groupby("row", sort=False)[name].first() for name in also if table[name].notna().any()}
     if by == "row": extra["n"] = measured.groupby("row").n.first().map("{:.0f}".format)
     if by == "cell":
         ends = measured.groupby("row").n.agg(["min", "max"]).astype(int)
@@ -149,13 +162,12 @@ def plain_lines(
 ) -> dict:  # as paper_lines gives it
     "A table as it is: numbers with three digits that count, the first column as label."
     table = table.dropna(axis=1, how="all")
-    def text(value, digits):
-        if pd.isna(value): return ""
-        if isinstance(value, (bool, np.bool_, str)): return str(value)
-        return f"{value:,.0f}" if float(value).is_integer() and abs(value) >= 10 else f"{value:,.{digits}f}"
     def column(values):
-        whole = pd.api.types.is_numeric_dtype(values) and (values.dropna() % 1 == 0).all()
-        return [text(value, 0 if whole else places(pd.Series([value]))) for value in values]
+        if not pd.api.types.is_numeric_dtype(values) or values.dtype == bool:
+            return ["" if pd.isna(value) else str(value) for value in values]
+        whole = (values.dropna() % 1 == 0).all()
+        digits = [0 if whole else places(pd.Series([value])) for value in values]
+        return ["" if pd.isna(value) else f"{value:,.{d}f}" for value, d in zip(values, digits)]
     label, *cells = (column(table[name]) for name in table)
     head = [str(c).replace("_", " ") for c in table.columns]
     lines = [(first, "", list(rest)) for first, rest in zip(label, zip(*cells))]
@@ -168,7 +180,8 @@ def constants(
     "Further columns that have one value in all measured rows."
     own = table[table.measured.notna()].drop(columns=[*TABLE_COLUMNS, "note"], errors="ignore")
     found = {name: own[name].iloc[0] for name in own if len(own) and own[name].nunique(dropna=False) == 1}
-    text = {name: f"{value:g}" if isinstance(value, float) else str(value) for name, value in found.items()}
+    found = {name: value for name, value in found.items() if pd.notna(value)}
+    text = {name: f"{value:.4g}" if isinstance(value, float) else str(value) for name, value in found.items()}
     return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in text.items())
 
 def notes(
@@ -180,16 +193,16 @@ def notes(
     said = table.drop(columns="note").join(parts[parts != ""].rename("part"), how="inner")
     found = []
     for part, own in said.groupby("part", sort=False):
-        rows, columns = own.row.unique(), own.column.unique()
-        everywhere = table.measured.notna().loc[~table.index.isin(own.index)].sum() == 0 and own.measured.notna().any()
-        who = [] if everywhere else columns if len(columns) < len(rows) else rows
+        rows, columns, rest = own.row.unique(), own.column.unique(), table[~table.index.isin(own.index)]
+        everywhere = rest.measured.notna().sum() == 0 and own.measured.notna().any()
+        who = [] if everywhere else rows if rest.column.isin(columns).any() else columns
         found.append(f"{', '.join(str(w).replace('_', ' ') for w in who)}: {part}" if len(who) else part)
     return found
 
 # %% ../nbs/F_page.ipynb #c61b317d
 def table_views(
     path: Path,  # a CSV
-    about: dict,  # of about_piece; decimals, by, also, plain where the page has them
+    about: dict,  # of about_piece; decimals, by, also, plain, columns, folded where the page has them
     open_lines: int,  # a longer table is folded
     most_lines: int,  # and a longer one cut
 ) -> list[dict]:  # one, or one for each value of the column named by `by`
@@ -198,36 +211,50 @@ def table_views(
     if table.empty: raise ValueError(f"{path.parent.name}/{path.name} has no rows")
     long = list(table.columns[: len(TABLE_COLUMNS)]) == TABLE_COLUMNS and not about.get("plain")
     parts = list(table.groupby(about["by"], sort=False)) if "by" in about else [("", table)]
+    plain = about.get("columns", table.columns.tolist())
     views = []
     for value, own in parts:
         also = about.get("also", [])
         if long:
             found = paper_lines(own, about.get("decimals"), also) | {"corner": ""}
             said, remarks = constants(own.drop(columns=also)), notes(own)
-        else: found, said, remarks = plain_lines(own), "", []
+        else: found, said, remarks = plain_lines(own[plain]), "", []
         said = "; ".join(part for part in (found["n"], said) if part)
         caption = f"{about['caption'].removesuffix('.')} ({value})." if value else about["caption"]
         views.append(found | {
             "caption": caption, "said": said, "notes": remarks, "total": len(found["lines"]),
-            "lines": found["lines"][:most_lines], "folded": len(found["lines"]) > open_lines,
+            "lines": found["lines"][:most_lines], "folded": about.get("folded", len(found["lines"]) > open_lines),
         })
     return views
+
+# %% ../nbs/F_page.ipynb #6e031621
+def inlined(
+    path: Path,  # an SVG by matplotlib
+    alt: str,  # what it shows
+) -> str:  # markup to stand in HTML
+    "A drawing without what a page has no use for."
+    text = path.read_text(encoding="utf-8")
+    width, height = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', text).groups()
+    text = text[text.index(">", text.index("<svg")) + 1 :]
+    for useless in (r"<metadata>.*?</metadata>", r"<style.*?</style>", r"<!--.*?-->", r"font-family: [^;\"]*;? ?"):
+        text = re.sub(useless, "", text, flags=re.S)
+    def shorter(found): return re.sub(r"(\.\d\d)\d+", r"\1", found[0])
+    text = re.sub(r'\b(d|x|y|x1|x2|y1|y2|points|transform)="[^"]*"', shorter, text.replace("xlink:href", "href"))
+    text = re.sub(r"\s+", " ", re.sub(r'<g id="[^"]*">', "<g>", text)).replace("> <", "><")
+    about = f'viewBox="0 0 {width} {height}" width="{float(width) * 4 / 3:.0f}" role="img" aria-label="{escape(alt)}"'
+    return f"<svg {about}>{text.strip()}"
 
 # %% ../nbs/F_page.ipynb #33dec9b0
 def embedded(
     path: Path,  # a PNG
     widest: int,  # pixels
     quality: int,  # of lossy WebP, 0 to 100
-    lines: bool = False,  # a drawing of lines, which the lossless form may hold in less
 ) -> dict:  # src, width, height
     "A figure as data of the page; the same file gives the same bytes."
     image = Image.open(path).convert("RGB")
     if image.width > widest: image = image.resize((widest, round(image.height * widest / image.width)), Image.LANCZOS)
-    forms = []
-    for how in [{"quality": quality}, {"lossless": True}][: 1 + lines]:
-        image.save(held := BytesIO(), "WEBP", method=6, **how)
-        forms.append(held.getvalue())
-    data = base64.b64encode(min(forms, key=len)).decode()
+    image.save(held := BytesIO(), "WEBP", method=6, quality=quality)
+    data = base64.b64encode(held.getvalue()).decode()
     return {"src": f"data:image/webp;base64,{data}", "width": image.width, "height": image.height}
 
 # %% ../nbs/F_page.ipynb #2de70587
@@ -248,6 +275,14 @@ def listed(
     return f"{', '.join(first)} and {last}" if first else last
 
 # %% ../nbs/F_page.ipynb #65205f9f
+def found_introduction(results, tables):
+    "§1: what the judge says of the images shown."
+    own = results["10_introduction"]
+    said = [f"{key.replace(' | ', ', “')}”: {', '.join(f'{value:.2f}' for value in values)}"
+            for key, values in own["probability"].items()]
+    return [f"Adapted is the U-Net, {own['variant']}. Probability of an effusion by {own['judge']}, of the images "
+            f"shown: {'; '.join(said)}."]
+
 def found_datasets(results, tables):
     "§2.1: how many there are of what."
     own = results["21_datasets"]
@@ -402,6 +437,7 @@ def found_effusion(results, tables):
         found.append(f"{judge}, AUC: {'; '.join(rows)}.{more}")
     return found
 
+# %% ../nbs/F_page.ipynb #1b5b4dad
 def found_claims(results, tables):
     "§§4, 5: how many claims have which verdict."
     counts = tables["claims"].verdict.value_counts()
@@ -413,6 +449,21 @@ def found_clusters(results, tables):
     named = [f"{figure} {encoder}".replace("_", " ") for figure, encoder in own["figures"].items()]
     return [f"Shown here: {listed(named)}."] if named else []
 
+def found_benchmarks(results, tables):
+    "Appendix D: what was aimed at, and whether it was reached."
+    table = tables["benchmarks"]
+    if "aim" not in table: return []
+    return [f"{r.row}: {interval([r.measured, r.ci_low, r.ci_high])}, aim {r.aim:g} ({r.size}; {r.device})."
+            for r in table.dropna(subset="aim").itertuples()]
+
+def found_ablations(results, tables):
+    "Appendix E: what other trainings with the same settings give."
+    own = results["E_ablations"]
+    runs = [f"{name.replace(' | ', ', ')}: mean {one['mean']:.2f} over {one['n']} trainings, {one['lowest']:.2f} to "
+            f"{one['highest']:.2f}." for name, one in own["runs"].items()]
+    told = [f"{score}, higher in every training: {higher}." for score, higher in own["told_apart"].items() if higher]
+    return [*runs, *told]
+
 def found_miniature(results, tables):
     "Appendix C: what the weights took and weigh."
     own = results["C_miniature"]
@@ -421,24 +472,39 @@ def found_miniature(results, tables):
 
 # %% ../nbs/F_page.ipynb #2c8a189a
 FOUND = {  # section -> sentences on what was found
+    "1": found_introduction,
     "2.1": found_datasets, "2.2": found_stable_diffusion, "2.3": found_autoencoder, "2.4": found_text_encoder,
     "2.5": found_projection, "2.6": found_inversion, "2.7": found_unet, "2.8": found_classification,
     "3.1": found_training, "3.2": found_reconstruction, "3.3": found_encoders, "3.4": found_generation,
     "3.5": found_effusion, "4, 5": found_claims, "A": found_chexpert, "B": found_clusters, "C": found_miniature,
+    "D": found_benchmarks, "E": found_ablations,
 }
 
 # %% ../nbs/F_page.ipynb #5c0169f8
+def drawn(
+    run: Run,  # the page's run
+    path: Path,  # the figure's PNG
+    said: dict,  # alt, and vector: its SVG below outputs/<profile>, or empty
+    record: dict,  # of the notebook that wrote it
+    limits: dict[str, int],  # vector_kb, drawing_width, sheet_width, quality
+) -> dict:  # svg, or what `embedded` gives; width
+    "A figure in the form in which the page holds it."
+    if not said["vector"]: return embedded(path, limits["sheet_width"], limits["quality"])
+    svg = inlined(promised(run, said["vector"], record), said["alt"])
+    if len(svg.encode()) > 1000 * limits["vector_kb"]: return embedded(path, limits["drawing_width"], limits["quality"])
+    return {"svg": svg, "width": int(re.search(r'width="(\d+)"', svg)[1])}
+
 def section_view(
     run: Run,  # the page's run
     section: dict,  # of `sections`
     records: dict[str, dict],  # notebook -> record, those of this profile
     reasons: dict[str, str],  # notebook -> why it is left out
     marked: set[str],  # notebooks of the miniature
-    limits: dict[str, int],  # widest, quality, open_lines, most_lines
+    limits: dict[str, int],  # the notebook's parameters but `profile`
 ) -> dict:
     "A section as the template takes it."
     here = [records[name] for name in section["notebooks"] if name in records]
-    pieces, tables = [], {}
+    pieces, linked, tables = [], [], {}
     for record in here:
         for file in record["outputs"]:
             piece, _, kind = file.rpartition(".")
@@ -451,9 +517,9 @@ def section_view(
                 pieces.append((about["order"], [common | view for view in views]))
             else:
                 vector = f"{piece}.svg" if f"{piece}.svg" in record["outputs"] else ""
-                view = embedded(path, limits["widest"], limits["quality"], bool(vector))
-                said = {"caption": about["caption"], "alt": about["alt"], "vector": vector}
-                pieces.append((about["order"], [common | view | said]))
+                said = common | {"caption": about["caption"], "alt": about["alt"], "vector": vector}
+                if about.get("linked"): linked.append((about["order"], said))
+                else: pieces.append((about["order"], [said | drawn(run, path, said, record, limits)]))
     found = FOUND.get(section["number"]) if here else None
     return {
         "id": f"s{slug(section['number'])}", **{key: section[key] for key in ("number", "title", "asked")},
@@ -461,6 +527,7 @@ def section_view(
         "missing": [reasons[name] for name in section["notebooks"] if name in reasons],
         "found": found({record["notebook"]: record["results"] for record in here}, tables) if found else [],
         "pieces": [view for _, views in sorted(pieces, key=lambda piece: piece[0]) for view in views],
+        "linked": [view for _, view in sorted(linked, key=lambda piece: piece[0])],
         "verdicts": tables["claims"].verdict.value_counts().to_dict() if "claims" in tables else {},
     }
 
@@ -493,7 +560,7 @@ def written(
 def report_page(
     run: Run,  # its folder has the records, tables and figures
     profile: dict[str, dict],  # notebooks with their parameters, as core.load_profile reads them
-    limits: dict[str, int],  # widest, quality, open_lines, most_lines
+    limits: dict[str, int],  # the notebook's parameters but `profile`
 ) -> tuple[str, dict]:  # HTML; the numbers of tables and figures, and what is left out and why
     """The whole page.
 
@@ -517,5 +584,5 @@ def report_page(
         restricted=[name for name in ("chexpert", "mimic_cxr") if data.get(name)],
     )
     tables = sum("lines" in piece for section in shown for piece in section["pieces"])
-    figures = sum("src" in piece for section in shown for piece in section["pieces"])
+    figures = sum("alt" in piece for section in shown for piece in section["pieces"])
     return html, {"tables": tables, "figures": figures, "miniature": sorted(marked), "left_out": reasons}

@@ -17,7 +17,7 @@ from PIL import Image
 from cxr_nb import core, page
 
 CHROMIUM = next((p for p in ("chromium", "chromium-browser", "google-chrome") if shutil.which(p)), None)
-LIMITS = {"widest": 600, "quality": 75, "open_lines": 4, "most_lines": 6}
+LIMITS = {"vector_kb": 60, "drawing_width": 600, "sheet_width": 600, "quality": 75, "open_lines": 4, "most_lines": 6}
 DEMO = ROOT / "outputs/demo"
 MODEL = "cxr_nb/miniature/stable_diffusion"
 
