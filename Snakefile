@@ -111,9 +111,10 @@ def ablations(trained):
     records = [f"records/{name}.json" for name in ("27_unet_finetuning", "28_classification", "33_text_encoder_results")]
     features = f"measures/generated_features_{core.slug(Path(own['extractor']).name)}.parquet"
     texts = [*of_sets("cohorts/text_evaluation", "csv"), "measures/bag_of_words.parquet", *EMBEDDINGS]
-    varied = ["runs", "few_shot_images", "training_steps", "prior_weight", "guidance_scale", "sampler_steps", "chexpert_k"]
+    varied = ["runs", "few_shot_images", "training_steps", "prior_weight", "guidance_scale", "sampler_steps"]
     tables = [f"tables/{name}.csv" for name in ("ablations", "ablation_seeds")]
-    return [*trained, *cohort, *records, features, *texts], [*tables, *(f"figures/ablation_{name}.png" for name in varied)]
+    drawn = [*sheets(*(f"ablation_{name}" for name in varied)), "figures/ablation_chexpert_k.png"]
+    return [*trained, *cohort, *records, features, *texts], [*tables, *drawn]
 
 
 def results_graph(pictures):
