@@ -45,12 +45,12 @@ report: $(READY)  ## run every notebook of the report that is out of date: PROFI
 
 # the browser is asked for before a report is run for it
 CHROMIUM ?= $(firstword $(foreach p,chromium chromium-browser google-chrome,$(shell command -v $(p))))
-PAGE = $(or $(CXR_NB_OUTPUTS),outputs)/$(PROFILE)/report
+PAGE = $(or $(CXR_NB_OUTPUTS),outputs)/$(PROFILE)
 pdf:  ## the page as outputs/demo/report.pdf, printed by Chromium: CHROMIUM=/path/to/chromium
 	@test -n "$(CHROMIUM)" || { echo "make pdf: no Chromium found; install one or name it: make pdf CHROMIUM=/path/to/chromium" >&2; exit 1; }
 	$(MAKE) report
-	"$(CHROMIUM)" --headless=new --no-sandbox --disable-gpu --disable-dev-shm-usage --no-pdf-header-footer --print-to-pdf="$(PAGE)-partial.pdf" "$(PAGE).html" 2>/dev/null
-	mv "$(PAGE)-partial.pdf" "$(PAGE).pdf"
+	"$(CHROMIUM)" --headless=new --no-sandbox --disable-gpu --disable-dev-shm-usage --no-pdf-header-footer --print-to-pdf="$(PAGE)/.partial-report.pdf" "$(PAGE)/report.html" 2>/dev/null
+	mv "$(PAGE)/.partial-report.pdf" "$(PAGE)/report.pdf"
 
 miniature: $(READY)  ## train the parts that cxr_nb/miniature lacks, and measure them (hours on 2 cores; goes on where it stopped)
 	$(BIN)/cxr_nb run C_miniature --profile demo -p train true

@@ -145,7 +145,7 @@ def paper_lines(
         ends = measured.groupby("row").n.agg(["min", "max"]).astype(int)
         extra["n"] = ends.apply(lambda n: f"{n['min']}" if n["min"] == n["max"] else f"{n['min']}–{n['max']}", axis=1)
     lines = [
-        (row, kind, [*cells, *(str(one.get(row, "")) if kind == "measured" else "" for one in extra.values())])
+        (str(row), kind, [*cells, *(str(one.get(row, "")) if kind == "measured" else "" for one in extra.values())])
         for (row, kind), cells in zip(view.index, view.to_numpy().tolist()) if (row, kind) in there
     ]
     if not beside: lines = [(row, "", cells) for row, _, cells in lines]
@@ -202,7 +202,7 @@ def notes(
 # %% ../nbs/F_page.ipynb #c61b317d
 def table_views(
     path: Path,  # a CSV
-    about: dict,  # of about_piece; decimals, by, also, plain, columns, folded where the page has them
+    about: dict,  # of about_piece; decimals, by, also, plain, columns, folded, said
     open_lines: int,  # a longer table is folded
     most_lines: int,  # and a longer one cut
 ) -> list[dict]:  # one, or one for each value of the column named by `by`
@@ -219,7 +219,7 @@ def table_views(
             found = paper_lines(own, about.get("decimals"), also) | {"corner": ""}
             said, remarks = constants(own.drop(columns=also)), notes(own)
         else: found, said, remarks = plain_lines(own[plain]), "", []
-        said = "; ".join(part for part in (found["n"], said) if part)
+        said = "; ".join(part for part in (found["n"], said, about.get("said")) if part)
         caption = f"{about['caption'].removesuffix('.')} ({value})." if value else about["caption"]
         views.append(found | {
             "caption": caption, "said": said, "notes": remarks, "total": len(found["lines"]),
@@ -278,8 +278,9 @@ def listed(
 def found_introduction(results, tables):
     "§1: what the judge says of the images shown."
     own = results["10_introduction"]
-    said = [f"{key.replace(' | ', ', “')}”: {', '.join(f'{value:.2f}' for value in values)}"
-            for key, values in own["probability"].items()]
+    told = {key.replace("unet |", "adapted |").replace(" | ", ", “"): values
+            for key, values in own["probability"].items()}
+    said = [f"{key}”: {', '.join(f'{value:.2f}' for value in values)}" for key, values in told.items()]
     return [f"Adapted is the U-Net, {own['variant']}. Probability of an effusion by {own['judge']}, of the images "
             f"shown: {'; '.join(said)}."]
 
@@ -453,14 +454,14 @@ def found_benchmarks(results, tables):
     "Appendix D: what was aimed at, and whether it was reached."
     table = tables["benchmarks"]
     if "aim" not in table: return []
-    return [f"{r.row}: {interval([r.measured, r.ci_low, r.ci_high])}, aim {r.aim:g} ({r.size}; {r.device})."
+    return [f"{r.row}: {r.column} {interval([r.measured, r.ci_low, r.ci_high])}, aim {r.aim:g} ({r.size}; {r.device})."
             for r in table.dropna(subset="aim").itertuples()]
 
 def found_ablations(results, tables):
     "Appendix E: what other trainings with the same settings give."
     own = results["E_ablations"]
-    runs = [f"{name.replace(' | ', ', ')}: mean {one['mean']:.2f} over {one['n']} trainings, {one['lowest']:.2f} to "
-            f"{one['highest']:.2f}." for name, one in own["runs"].items()]
+    runs = [f"U-Net, {name.replace(' | ', ', ')}: mean {one['mean']:.2f} over {one['n']} trainings, "
+            f"{one['lowest']:.2f} to {one['highest']:.2f}." for name, one in own["runs"].items()]
     told = [f"{score}, higher in every training: {higher}." for score, higher in own["told_apart"].items() if higher]
     return [*runs, *told]
 

@@ -8,6 +8,7 @@ from functools import partial
 from html.parser import HTMLParser
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
@@ -32,10 +33,19 @@ def made_up(tmp_path, monkeypatch):
         run = core.Run(name, {"profile": "made", "__annotations__": {"profile": str}})
         run.parameters |= parameters
         for table, frame in tables.items(): run.write_csv(f"tables/{table}.csv", frame)
-        for figure in figures: run.write(f"figures/{figure}.png", lambda p: Image.fromarray(noise()).save(p, "PNG"))
+        for figure in figures:
+            if figure == "chexpert_at_k": run.write_figure(figure, drawing())
+            else: run.write(f"figures/{figure}.png", lambda p: Image.fromarray(noise()).save(p, "PNG"))
         run.finish(**results)
 
     def noise(): return np.random.default_rng(0).integers(0, 255, (90, 900, 3), dtype="uint8")
+
+    def drawing():
+        figure, ax = plt.subplots()
+        ax.plot([1, 2], [3, 4], label="<b>a line</b>")
+        ax.legend()
+        plt.close(figure)
+        return figure
 
     score = {"mean": 40.0, "ci_low": 30.0, "ci_high": 50.0}
     study = {"source": "Open-i", "reports": 90, "classes": ["a", "b"], "chance": 49.4, "k": 10, "further": {}, "macro": {"bag_of_words": score, "CLIP": score}}
@@ -86,10 +96,12 @@ class Tables(HTMLParser):
 def check_self_contained(html):
     found = Tables(html)
     assert found.loaded and all(source.startswith("data:") for source in found.loaded)
-    assert not re.search(r"@import|url\(|https?://|fetch\(|XMLHttp", html)
+    assert not re.search(r"@import|url\((?!#)|https?://|fetch\(|XMLHttp", html)
     assert all(re.match(r"#|(notebooks|tables|figures|records)/[\w.]+$", link) for link in found.links)
     assert all(f'id="{link[1:]}"' in html for link in found.links if link.startswith("#"))
     assert found.images and all(len(image["alt"]) > 20 for image in found.images)
+    assert all(len(said) > 20 for said in re.findall(r'<svg [^>]*role="img" aria-label="([^"]*)"', html)) and html.count("<svg ") == html.count("<svg viewBox=")
+    assert html.count("<figure>") == len(found.images) + html.count("<svg ")
     for file, rows in found.tables:
         assert len(rows) > 1 and all(len(row) == len(rows[0]) for row in rows), file
         assert all(any(row[1:]) for row in rows[1:]), f"{file} has an empty line"
@@ -99,8 +111,8 @@ def check_self_contained(html):
 def test_page_is_self_contained_and_filled(made_up):
     html, about, _ = made_up()
     found = check_self_contained(html)
-    assert (about["tables"], about["figures"], len(found.images)) == (2, 3, 3)
-    assert "<b>ours" not in html and "&lt;b&gt;ours" in html  # what tables hold is text
+    assert (about["tables"], about["figures"], len(found.images), html.count("<svg ")) == (2, 3, 2, 1)
+    assert "<b>" not in html and "&lt;b&gt;ours" in html and "&lt;b&gt;a line" in html  # what tables and drawings hold is text
     assert made_up()[0] == html
 
 
@@ -122,7 +134,7 @@ def test_the_miniature_is_marked_and_nothing_else(made_up):
     html, about, _ = made_up()
     assert about["miniature"] == ["C_miniature"]
     for part in re.split(r'<section id="', html)[1:]:
-        shown = len(re.findall(r"<img |<table", part)) if not part.startswith("provenance") else 0
+        shown = len(re.findall(r"<img |<svg |<table", part)) if not part.startswith("provenance") else 0
         assert part.count('class="mark"') == (shown if part.startswith("sc") else 0), part[:20]
 
 
@@ -205,6 +217,7 @@ onload = async () => {
   fetch("found", {method: "POST", body: JSON.stringify({
     width: page.documentElement.scrollWidth, wide: wide.length, loaded: loaded.filter(one => one.status == "fulfilled").length,
     images: [...page.images].map(image => [image.naturalWidth, image.naturalHeight, image.clientWidth]),
+    drawings: [...page.querySelectorAll("figure svg")].map(drawing => [drawing.clientWidth, drawing.clientHeight]),
     tables: [...page.querySelectorAll("table")].map(table => table.rows.length),
   })});
 };
@@ -261,7 +274,8 @@ def test_in_a_browser(made_up, browse):
     found, console, asked = browse(folder)
     assert console == [] and sorted(asked) == ["/look.html", "/report.html"]
     assert found["width"] <= 390 and found["wide"] == 0
-    assert len(found["images"]) == found["loaded"] == about["figures"] and found["images"][0] == [600, 60, found["images"][0][2]]
+    assert len(found["images"]) + len(found["drawings"]) == about["figures"] and found["loaded"] == len(found["images"])
+    assert min(found["drawings"][0]) > 200 and found["images"][0] == [600, 60, found["images"][0][2]]
     assert all(rows > 1 for rows in found["tables"])
     # the same look does see a script that fails, a line too wide and a file that is asked for
     bad = '<p style="width: 500px">wide</p><script>nothing()</script><script src="more.js"></script>'
@@ -276,5 +290,6 @@ def test_the_demos_page_in_a_browser(browse):
     found, console, asked = browse(DEMO)
     assert console == [] and sorted(asked) == ["/look.html", "/report.html"]
     assert found["width"] <= 390 and found["wide"] == 0
-    assert len(found["images"]) == found["loaded"] > 20 and all(min(w, h) > 100 and shown > 200 for w, h, shown in found["images"])
+    assert len(found["images"]) == found["loaded"] > 10 and all(min(w, h) > 100 and shown > 200 for w, h, shown in found["images"])
+    assert len(found["drawings"]) > 5 and all(w > 200 and h > 80 for w, h in found["drawings"])
     assert all(rows > 1 for rows in found["tables"])
