@@ -250,11 +250,15 @@ def embedded(
     widest: int,  # pixels
     quality: int,  # of lossy WebP, 0 to 100
 ) -> dict:  # src, width, height
-    "A figure as data of the page; the same file gives the same bytes."
-    image = Image.open(path).convert("RGB")
-    if image.width > widest: image = image.resize((widest, round(image.height * widest / image.width)), Image.LANCZOS)
-    image.save(held := BytesIO(), "WEBP", method=6, quality=quality)
-    data = base64.b64encode(held.getvalue()).decode()
+    "A figure as data of the page, the same for the same file; a WebP that is narrow enough is not packed once more."
+    image = Image.open(path)
+    if image.format == "WEBP" and image.width <= widest: data = path.read_bytes()
+    else:
+        narrow = min(widest, image.width), round(image.height * min(1, widest / image.width))
+        image = image.convert("RGB").resize(narrow, Image.LANCZOS)
+        image.save(held := BytesIO(), "WEBP", method=6, quality=quality)
+        data = held.getvalue()
+    data = base64.b64encode(data).decode()
     return {"src": f"data:image/webp;base64,{data}", "width": image.width, "height": image.height}
 
 # %% ../nbs/F_page.ipynb #2de70587
