@@ -482,6 +482,8 @@ def run_notebook(
             kernel_name="python3",
             cwd="nbs",
             progress_bar=sys.stderr.isatty(),
+            # a busy machine is late with a picture; papermill gives up after four seconds
+            iopub_timeout=120,
         )
     _make_light(executed)
     return executed
