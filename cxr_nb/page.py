@@ -206,9 +206,11 @@ def table_views(
     open_lines: int,  # a longer table is folded
     most_lines: int,  # and a longer one cut
 ) -> list[dict]:  # one, or one for each value of the column named by `by`
-    "What the template needs to show a table; raises ValueError for one without rows."
+    "What the template needs to show a table; one without rows says so."
     table = pd.read_csv(path)
-    if table.empty: raise ValueError(f"{path.parent.name}/{path.name} has no rows")
+    if table.empty:
+        nothing = {"head": [], "corner": "", "lines": [], "n": "", "beside": False, "notes": [], "total": 0}
+        return [nothing | {"caption": about["caption"], "said": "Empty: too few images for a value.", "folded": False}]
     long = list(table.columns[: len(TABLE_COLUMNS)]) == TABLE_COLUMNS and not about.get("plain")
     parts = list(table.groupby(about["by"], sort=False)) if "by" in about else [("", table)]
     plain = about.get("columns", table.columns.tolist())
