@@ -335,6 +335,10 @@ def _few_colours(drawn, colours):
     gray = not ImageChops.difference(red, green).getbbox() and not ImageChops.difference(red, blue).getbbox()
     return red if gray else picture.quantize(colours, kmeans=1)
 
+def _short(path):
+    "A path of an SVG with its coordinates in hundredths of a point."
+    return b" ".join(re.sub(rb"(\.\d\d)\d+", rb"\1", path[0]).split()).join([b" ", b""])
+
 # %% ../nbs/00_core.ipynb #d5340054
 @patch
 def write_figure(
@@ -345,16 +349,19 @@ def write_figure(
 ) -> None:
     """Write a figure as `figures/<name>.png` and `.svg`, byte for byte the same for the same figure.
 
-    The PNG has all its grey levels, or 256 colours.
+    The PNG has all its grey levels, or 128 colours.
     """
     import matplotlib as mpl
     def small(path):
         drawn = BytesIO()
-        figure.savefig(drawn, bbox_inches="tight", dpi=150)
-        _few_colours(drawn, 256).save(path, "PNG", optimize=True)
+        # images are shown larger than they are: more dots would only weigh
+        figure.savefig(drawn, bbox_inches="tight", dpi=150 if vector else 110)
+        _few_colours(drawn, 128).save(path, "PNG", optimize=True)
+    def lines(path):
+        figure.savefig(drawn := BytesIO(), format="svg", bbox_inches="tight", metadata={"Date": None})
+        path.write_bytes(re.sub(rb' d="[^"]*"', _short, drawn.getvalue()))
     if vector:
-        with mpl.rc_context({"svg.hashsalt": name, "svg.fonttype": "none"}):
-            self.write(f"figures/{name}.svg", lambda p: figure.savefig(p, bbox_inches="tight", metadata={"Date": None}))
+        with mpl.rc_context({"svg.hashsalt": name, "svg.fonttype": "none"}): self.write(f"figures/{name}.svg", lines)
     self.write(f"figures/{name}.png", small)
 
 # %% ../nbs/00_core.ipynb #927c2073
@@ -368,10 +375,9 @@ def write_sheet(
     from PIL import Image
     def small(path):
         drawn = BytesIO()
-        # its images are shown larger than they are: more dots would only weigh
-        figure.savefig(drawn, bbox_inches="tight", dpi=130)
+        figure.savefig(drawn, bbox_inches="tight", dpi=120)
         # as PNG, a sheet of generated images weighs four times as much, and all results are committed
-        Image.open(drawn).convert("RGB").save(path, "WEBP", quality=85, method=6)
+        Image.open(drawn).convert("RGB").save(path, "WEBP", quality=70, method=6)
     self.write(f"figures/{name}.webp", small)
 
 # %% ../nbs/00_core.ipynb #f159ccdf
@@ -438,26 +444,29 @@ def paper_view(
     )
 
 # %% ../nbs/00_core.ipynb #4c4e46e6
-def _lighter(data, widest=640):
-    "An output's picture as a smaller one, PNG or JPEG, whichever weighs less; figures/ has it as it is."
+def _lighter(data, widest=500):
+    "An output's data without what is there twice, its picture made small; figures/ has it as it is."
     from PIL import Image
+    if "text/html" in data: data = {k: v for k, v in data.items() if k != "text/plain"}
+    if "image/png" not in data: return data
     picture, png, jpeg = Image.open(BytesIO(base64.b64decode(data["image/png"]))).convert("RGB"), BytesIO(), BytesIO()
     picture.thumbnail((widest, picture.height), Image.LANCZOS)
-    picture.quantize(64, kmeans=1).save(png, "PNG", optimize=True)
-    picture.save(jpeg, "JPEG", quality=70, optimize=True)
+    picture.quantize(32, kmeans=1).save(png, "PNG", optimize=True)
+    picture.save(jpeg, "JPEG", quality=60, optimize=True)
     kind, kept = min(("image/png", png.getvalue()), ("image/jpeg", jpeg.getvalue()), key=lambda pair: len(pair[1]))
     others = {k: v for k, v in data.items() if k != "image/png"}
     return others | {kind: base64.b64encode(kept).decode()}
 
 def _make_light(path):
-    "Progress bars, which need a live kernel, are taken off an executed notebook, and its pictures made lighter."
+    "Make an executed notebook light: no progress bars, which need a live kernel, no times of cells, small pictures."
     notebook = json.loads(path.read_text(encoding="utf-8"))
     widget = "application/vnd.jupyter.widget-view+json"
     for cell in notebook["cells"]:
+        for noted in ("papermill", "execution"): cell["metadata"].pop(noted, None)
         if "outputs" not in cell: continue
         cell["outputs"] = [o for o in cell["outputs"] if widget not in o.get("data", {})]
         for output in cell["outputs"]:
-            if "image/png" in output.get("data", {}): output["data"] = _lighter(output["data"])
+            if "data" in output: output["data"] = _lighter(output["data"])
     notebook["metadata"].pop("widgets", None)
     with written_whole(path) as partial:
         partial.write_text(json.dumps(notebook, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
