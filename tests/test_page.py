@@ -290,6 +290,8 @@ def test_the_demos_page_in_a_browser(browse):
     found, console, asked = browse(DEMO)
     assert console == [] and sorted(asked) == ["/look.html", "/report.html"]
     assert found["width"] <= 390 and found["wide"] == 0
+    # how many of the figures are drawings is a matter of their weight
+    assert len(found["images"]) + len(found["drawings"]) > 20
     assert len(found["images"]) == found["loaded"] > 10 and all(min(w, h) > 100 and shown > 200 for w, h, shown in found["images"])
-    assert len(found["drawings"]) > 5 and all(w > 200 and h > 80 for w, h in found["drawings"])
+    assert found["drawings"] and all(w > 200 and h > 80 for w, h in found["drawings"])
     assert all(rows > 1 for rows in found["tables"])
