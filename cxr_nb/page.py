@@ -8,9 +8,9 @@ __all__ = ['TEMPLATES', 'STUDIED', 'ADAPTED', 'WITHOUT', 'FOUND', 'SHOWN_KINDS',
            'constants', 'notes', 'table_views', 'inlined', 'embedded', 'interval', 'listed', 'found_introduction',
            'found_datasets', 'found_stable_diffusion', 'found_autoencoder', 'found_text_encoder', 'trained',
            'found_projection', 'found_inversion', 'found_unet', 'found_classification', 'found_training', 'changed',
-           'found_reconstruction', 'found_chexpert', 'found_encoders', 'found_generation', 'found_effusion',
-           'found_claims', 'found_clusters', 'found_benchmarks', 'found_ablations', 'found_miniature', 'drawn',
-           'section_view', 'provenance', 'written', 'report_page']
+           'found_reconstruction', 'found_chexpert', 'found_encoders', 'found_generation', 'not_excluded',
+           'found_effusion', 'found_claims', 'found_clusters', 'found_benchmarks', 'found_ablations', 'found_miniature',
+           'drawn', 'section_view', 'provenance', 'written', 'report_page']
 
 # %% ../nbs/F_page.ipynb #330d7a99
 import base64
@@ -189,7 +189,7 @@ def notes(
 ) -> list[str]:
     "The notes of a table, each once, after the rows or columns that it is about."
     if "note" not in table: return []
-    parts = table.note.fillna("").astype(str).str.split("; ").explode()
+    parts = table.note.astype(object).fillna("").astype(str).str.split("; ").explode()
     said = table.drop(columns="note").join(parts[parts != ""].rename("part"), how="inner")
     found = []
     for part, own in said.groupby("part", sort=False):
@@ -431,6 +431,13 @@ def found_generation(results, tables):
                      else f"Whether sets {says} is not testable here: they are too small for an interval.")
     return found
 
+def not_excluded(gap, judge, row):
+    "What the rule of §3.5 leaves open: how far off a strategy's images are, whatever they were asked to show."
+    own = gap[(gap.measured_by == judge) & (gap.row == row)].set_index("column").measured
+    return (f"What that leaves open: {row}, images asked to show no effusion have more of it than real normals for {judge}, "
+            f"AUC {own['normals']:.2f}, and a classifier tells real from generated with AUC {own['domain']:.2f}. "
+            "Where both are near 1, a judge may react to how unreal a picture is.")
+
 def found_effusion(results, tables):
     "§3.5: the AUC of the paper's best row, by judge, and whether it is the finding."
     own = results["35_classification_results"]
@@ -442,6 +449,7 @@ def found_effusion(results, tables):
         asked = own["open_question"].get(judge)
         more = f" By the rule on real images, {best}: {asked['verdict']}." if asked else ""
         found.append(f"{judge}, AUC: {'; '.join(rows)}.{more}")
+        if asked: found.append(not_excluded(tables["domain_gap"], judge, best))
     return found
 
 # %% ../nbs/F_page.ipynb #1b5b4dad
