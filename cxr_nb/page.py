@@ -434,7 +434,7 @@ def found_generation(results, tables):
 def not_excluded(gap, judge, row):
     "What the rule of §3.5 leaves open: how far off a strategy's images are, whatever they were asked to show."
     own = gap[(gap.measured_by == judge) & (gap.row == row)].set_index("column").measured
-    return (f"What that leaves open: {row}, images asked to show no effusion have more of it than real normals for {judge}, "
+    return (f"Of {row}, images asked to show no effusion have more of it than real normals for {judge}, "
             f"AUC {own['normals']:.2f}, and a classifier tells real from generated with AUC {own['domain']:.2f}. "
             "Where both are near 1, a judge may react to how unreal a picture is.")
 

@@ -101,11 +101,12 @@ def test_comparisons_across_are_the_aucs_of_their_sets():
 
 
 @pytest.mark.parametrize("lows, highs, verdict", [
-    ((0.6, 0.6, 0.6), (0.9, 0.9, 0.9), "the finding"), ((0.6, 0.5, 0.6), (0.9, 0.9, 0.9), "may be the domain gap"),
-    ((0.6, 0.6, 0.2), (0.9, 0.9, 0.9), "may be the domain gap"), ((0.5, 0.6, 0.6), (0.9, 0.9, 0.9), "not told apart"),
-    ((0.1, 0.6, 0.6), (0.49, 0.9, 0.9), "reversed"), ((np.nan, 0.6, 0.6), (np.nan, 0.9, 0.9), "not told apart")])
+    ((0.6, 0.6, 0.6, 0.4), (0.9, 0.9, 0.9, 0.6), "the finding"), ((0.6, 0.5, 0.6, 0.4), (0.9, 0.9, 0.9, 0.6), "may be the domain gap"),
+    ((0.6, 0.6, 0.2, 0.4), (0.9, 0.9, 0.9, 0.6), "may be the domain gap"), ((0.5, 0.6, 0.6, 0.4), (0.9, 0.9, 0.9, 0.6), "not told apart"),
+    ((0.6, 0.6, 0.6, 0.6), (0.9, 0.9, 0.9, 0.9), "may be the domain gap"), ((0.6, 0.6, 0.6, 0.1), (0.9, 0.9, 0.9, 0.4), "the finding"),
+    ((0.1, 0.6, 0.6, 0.4), (0.49, 0.9, 0.9, 0.6), "reversed"), ((np.nan, 0.6, 0.6, 0.4), (np.nan, 0.9, 0.9, 0.6), "not told apart")])
 def test_the_rule(lows, highs, verdict):
-    names = ["generated", "positives against real", "negatives against real"]
+    names = ["generated", "positives against real", "negatives against real", "normals"]
     assert gap_verdict(pd.DataFrame({"column": names, "ci_low": lows, "ci_high": highs})) == verdict
 
 
