@@ -435,8 +435,9 @@ def not_excluded(gap, judge, row):
     "What the rule of §3.5 leaves open: how far off a strategy's images are, whatever they were asked to show."
     own = gap[(gap.measured_by == judge) & (gap.row == row)].set_index("column").measured
     return (f"Of {row}, images asked to show no effusion have more of it than real normals for {judge}, "
-            f"AUC {own['normals']:.2f}, and a classifier tells real from generated with AUC {own['domain']:.2f}. "
-            "Where both are near 1, a judge may react to how unreal a picture is.")
+            f"AUC {own['normals']:.2f}"
+            + (f", and a classifier tells real from generated with AUC {own['domain']:.2f}" if "domain" in own else "")
+            + ". Near 1, a judge may react to how unreal a picture is.")
 
 def found_effusion(results, tables):
     "§3.5: the AUC of the paper's best row, by judge, and whether it is the finding."
