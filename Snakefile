@@ -230,16 +230,15 @@ GRAPH["F_page"] = SHOWN, ["report.html"]
 # no inputs, which the report would make anew, but a new one asks for a new page
 APART_RECORDS = [Path(f"{OUT}/records/{name}.json") for name in APART]
 
-# files a person edits: named by a parameter, or the page's template and words
+# files a person edits: named by a parameter, the claims and their rules, the page's template and words
 EDITED = {
+    **{name: ["cxr_nb/published/claims.csv"] for name in ("10_introduction", "40_discussion")},
     "F_page": ["cxr_nb/templates/report.html", "cxr_nb/templates/report.yaml"],
     "21_datasets": [
         str(core.find_path(PARAMETERS["21_datasets"][key]))
         for key in ("few_shot_choice", "reference_labels") if PARAMETERS["21_datasets"][key]
     ],
 }
-
-EDITED |= {name: ["cxr_nb/published/claims.csv"] for name in ("10_introduction", "40_discussion")}
 
 # a model that was made anew reruns what uses it
 for name, section in PARAMETERS.items():

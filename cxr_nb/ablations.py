@@ -6,11 +6,10 @@
 __all__ = ['few_shot_draws', 'few_shot_of_size', 'saved_along', 'drawn_by', 'scores_of', 'over_runs', 'beyond', 'scores_by_k']
 
 # %% ../nbs/E_ablations.ipynb #d8ad11f3
-import hashlib
 import json
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +25,7 @@ from .judges import features, probabilities
 from .metrics import frechet_distance, group_mean_intervals
 from .stable_diffusion import load_pipeline, sample
 from .text_encoder import retrieval_scores
-from .training import LOG, TrainingSettings, cached, checkpoints
+from .training import LOG, TrainingSettings, cached, checkpoints, made_key, settings_record
 from .unet_finetuning import Variant, finetune, finetuning_record, open_finetuned, read_finetuned, save_finetuned
 from .unet_finetuning import training_samples
 
@@ -74,22 +73,19 @@ def saved_along(
     "Train once, and save the pipeline after some of the steps, unless all are there; raises what `finetuned` raises."
     settings = replace(settings, steps=max(at), sample_every=int(np.gcd.reduce(at)))
     pipeline = load_pipeline(source, "cpu" if settings.device == "cpu" else "auto", dtype=torch.float32)
-    samples, free = training_samples(variant, images, prompts), ("checkpoint_every", "keep", "sample_every", "device")
-    how = {key: value for key, value in asdict(settings).items() if key not in free}
-    made_of = {**finetuning_record(pipeline, variant, samples, prompts), "settings": how}
+    samples = training_samples(variant, images, prompts)
+    made_of = {**finetuning_record(pipeline, variant, samples, prompts), "settings": settings_record(settings)}
     places = {step: Path(folder) / f"step_{step:06}" for step in at}
     if all(read_finetuned(place, made_of | {"after": step}) for step, place in places.items()): return places
     def keep(step):
         if step not in places: return
         # the log comes when the training has ended
         save_finetuned(pipeline, places[step], {"made_of": made_of | {"after": step}}, pd.DataFrame(columns=LOG))
-    place = Path(work) / f"{Path(folder).name}_{_key(made_of)}"
+    place = Path(work) / f"{Path(folder).name}_{made_key(made_of)}"
     log, _ = finetune(pipeline, variant, samples, prompts, settings, place, look=keep)
     log.to_csv(Path(folder) / "log.csv", index=False, lineterminator="\n")
     shutil.rmtree(place)
     return places
-
-def _key(made_of): return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:12]
 
 # %% ../nbs/E_ablations.ipynb #dbe2575e
 def drawn_by(
@@ -111,7 +107,7 @@ def drawn_by(
         def compute():
             if not opened: opened.append(open_finetuned(folder, source, device, scheduler))
             return {"images": sample(opened[0], prompt, seeds, **drawing)}
-        found[finding] = cached(Path(work) / f"{_key(made_of)}.safetensors", made_of, compute)["images"]
+        found[finding] = cached(Path(work) / f"{made_key(made_of)}.safetensors", made_of, compute)["images"]
     return found
 
 # %% ../nbs/E_ablations.ipynb #c70a5002

@@ -326,18 +326,18 @@ def write_table(
     self.write_csv(f"tables/{name}.csv", table)
 
 # %% ../nbs/00_core.ipynb #6327efe9
-def _few_colours(drawn, colours):
+def _few_colours(drawn):
     "A drawn picture in grey levels, all kept, where it has no colour, and else in a palette."
     from PIL import Image, ImageChops
     # all results are committed together: grey levels weigh a third, a palette less than half
     picture = Image.open(drawn).convert("RGB")
     red, green, blue = picture.split()
     gray = not ImageChops.difference(red, green).getbbox() and not ImageChops.difference(red, blue).getbbox()
-    return red if gray else picture.quantize(colours, kmeans=1)
+    return red if gray else picture.quantize(128, kmeans=1)
 
 def _short(path):
     "A path of an SVG with its coordinates in hundredths of a point."
-    return b" ".join(re.sub(rb"(\.\d\d)\d+", rb"\1", path[0]).split()).join([b" ", b""])
+    return b" " + b" ".join(re.sub(rb"(\.\d\d)\d+", rb"\1", path[0]).split())
 
 # %% ../nbs/00_core.ipynb #d5340054
 @patch
@@ -356,7 +356,7 @@ def write_figure(
         drawn = BytesIO()
         # images are shown larger than they are: more dots would only weigh
         figure.savefig(drawn, bbox_inches="tight", dpi=150 if vector else 110)
-        _few_colours(drawn, 128).save(path, "PNG", optimize=True)
+        _few_colours(drawn).save(path, "PNG", optimize=True)
     def lines(path):
         figure.savefig(drawn := BytesIO(), format="svg", bbox_inches="tight", metadata={"Date": None})
         path.write_bytes(re.sub(rb' d="[^"]*"', _short, drawn.getvalue()))

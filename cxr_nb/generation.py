@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'BOUNDS', 'MEASURES', 'SCALE_WEIGHTS', 'COPYING', 'NEAREST_SHARE', 'prompt_finding', 'printed_cells',
-           'reference_sizes', 'jackknife', 'bounded', 'split_floor', 'squared_mmd', 'distribution_measures',
-           'scale_weights', 'ms_ssim', 'mean_likeness', 'nearest_training', 'copying_measures', 'rank_agreement',
-           'beside_printed']
+           'reference_sizes', 'jackknife', 'bounded', 'split_floor', 'distribution_measures', 'scale_weights',
+           'ms_ssim', 'mean_likeness', 'nearest_training', 'copying_measures', 'rank_agreement', 'beside_printed']
 
 # %% ../nbs/34_generation_results.ipynb #b5e69db7
 from collections.abc import Callable, Sequence
@@ -22,7 +21,8 @@ from tqdm.auto import tqdm
 from .core import TABLE_COLUMNS, slug
 from .datasets import CONCEPTS
 # the window of SSIM, which is the same at every scale
-from .metrics import window_mean, disjoint_halves, frechet_distance, precision_recall_density_coverage
+from .metrics import disjoint_halves, frechet_distance, precision_recall_density_coverage, squared_mmd
+from .metrics import window_mean
 
 # %% ../nbs/34_generation_results.ipynb #e1c99eac
 METHODS = {  # folder -> group of rows in Table 4
@@ -121,15 +121,6 @@ def split_floor(
     return np.array([statistic(*disjoint_halves(units, sizes, rng)) for _ in range(splits)], float)
 
 # %% ../nbs/34_generation_results.ipynb #1900f67d
-def squared_mmd(
-    a: np.ndarray,  # (n, d) features
-    b: np.ndarray,  # (m, d) features of the same extractor
-) -> float:
-    "Unbiased squared maximum mean discrepancy of two sets under the cubic kernel (Bińkowski et al. 2018)."
-    kernel = lambda p, q: (p @ q.T / p.shape[1] + 1) ** 3
-    within = lambda p: (kernel(p, p).sum() - np.trace(kernel(p, p))) / (len(p) * (len(p) - 1))
-    return float(within(a) + within(b) - 2 * kernel(a, b).mean())
-
 MEASURES = ["frechet", "kid", "precision", "recall", "density", "coverage"]
 
 def distribution_measures(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SCORES', 'rmse', 'psnr', 'window_mean', 'ssim', 'ssim_map', 'box_means', 'FeatureStatistics', 'frechet_distance',
-           'frechet_by_batches', 'disjoint_halves', 'frechet_floor', 'kernel_distance',
+           'frechet_by_batches', 'disjoint_halves', 'frechet_floor', 'squared_mmd', 'kernel_distance',
            'precision_recall_density_coverage', 'cosine_similarities', 'classification_scores', 'group_means',
            'group_mean_intervals', 'score_intervals', 'score_differences']
 
@@ -272,11 +272,16 @@ def frechet_floor(
     return np.array([frechet_distance(x[i], x[j]) for i, j in tqdm(halves, "floor", draws, leave=False)])
 
 # %% ../nbs/01_metrics.ipynb #71b8b456
-def _squared_mmd(x, y):
-    "Unbiased squared maximum mean discrepancy of two sets of equal size under the cubic kernel."
+def squared_mmd(
+    a: np.ndarray,  # (n, d) features
+    b: np.ndarray,  # (m, d) features of the same extractor
+) -> float:
+    "Unbiased squared maximum mean discrepancy of two sets under the cubic kernel (Bińkowski et al. 2018)."
     kernel = lambda p, q: (p @ q.T / p.shape[1] + 1) ** 3
-    within = sum(k.sum() - np.trace(k) for k in (kernel(x, x), kernel(y, y)))
-    return within / (len(x) * (len(x) - 1)) - 2 * kernel(x, y).mean()
+    def within(p):
+        own = kernel(p, p)
+        return (own.sum() - np.trace(own)) / (len(p) * (len(p) - 1))
+    return float(within(a) + within(b) - 2 * kernel(a, b).mean())
 
 def kernel_distance(
     a: np.ndarray,  # (n, d) features
@@ -298,7 +303,7 @@ def kernel_distance(
             "at least 2 subsets, of at least 2 images and fewer than either set has"
         )
     draw = lambda x: x[rng.choice(len(x), subset_size, replace=False)]
-    found = [_squared_mmd(draw(a), draw(b)) for _ in range(subsets)]
+    found = [squared_mmd(draw(a), draw(b)) for _ in range(subsets)]
     return float(np.mean(found)), float(np.std(found, ddof=1))
 
 # %% ../nbs/01_metrics.ipynb #74831462

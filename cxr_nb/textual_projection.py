@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 
 from .core import device_name, peak_memory_mb, sha256, written_whole
 from .text_encoder import TextEncoder, provenance
-from .training import TrainingSettings, checkpoints, run_frozen, tensors_hash, train
+from .training import TrainingSettings, checkpoints, made_key, run_frozen, settings_record, tensors_hash, train
 
 # %% ../nbs/25_textual_projection.ipynb #ab3dae8a
 def read_captions(
@@ -403,13 +403,11 @@ def trained_projection(
     Seconds are those of the training's steps alone; memory is the high-water
     mark of the process. Raises what `train_projection` raises.
     """
-    free = {"checkpoint_every", "keep", "sample_every", "device"}  # do not change the result
     frozen = frozen_record(encoder, clip, variant, texts, cut)
-    how = {name: value for name, value in asdict(settings).items() if name not in free}
-    made_of = {"frozen": frozen, "variant": asdict(variant), "settings": how}
+    made_of = {"frozen": frozen, "variant": asdict(variant), "settings": settings_record(settings)}
     if (about := _saved(folder)) and about["made_of"] == made_of: return about
-    key = lambda x: hashlib.sha256(json.dumps(x, sort_keys=True).encode()).hexdigest()[:12]
-    place, states = Path(work) / f"{Path(folder).name}_{key(made_of)}", Path(work) / f"states_{key(frozen)}.safetensors"
+    place = Path(work) / f"{Path(folder).name}_{made_key(made_of)}"
+    states = Path(work) / f"states_{made_key(frozen)}.safetensors"
     if torch.cuda.is_available(): torch.cuda.reset_peak_memory_stats()
     log, model = train_projection(encoder, clip, variant, texts, settings, place, states if cache else None, cut)
     results = {

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SCHEDULES', 'LOG', 'TrainingSettings', 'learning_rate', 'global_batch', 'denoising_losses', 'WithPrior',
-           'diffusion_loss', 'tensors_hash', 'cached', 'records', 'run_frozen', 'ema_decay', 'checkpoints', 'train',
-           'plot_training']
+           'diffusion_loss', 'tensors_hash', 'cached', 'records', 'run_frozen', 'ema_decay', 'checkpoints',
+           'settings_record', 'made_key', 'train', 'plot_training']
 
 # %% ../nbs/02_training.ipynb #75e3e677
 import hashlib
@@ -381,10 +381,22 @@ def _set_random_states(states, device):
     if device.type != "cpu" and "device" in states: torch.get_device_module(device).set_rng_state(states["device"])
 
 # %% ../nbs/02_training.ipynb #694b8fc0
-_FREE = "checkpoint_every", "keep", "sample_every", "device"  # settings that do not change where a run ends
+_FREE = "checkpoint_every", "keep", "sample_every", "device"
+
+def settings_record(
+    settings: TrainingSettings,
+) -> dict:  # JSON values
+    "The settings that decide where a run ends."
+    return {name: value for name, value in asdict(settings).items() if name not in _FREE}
+
+def made_key(
+    made_of: dict,  # JSON values
+) -> str:  # 12 hexadecimal digits
+    "A short name for all that a result follows from, for the folder or file that keeps it."
+    return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:12]
 
 def _configuration(state, settings, data, given):
-    own = {name: value for name, value in asdict(settings).items() if name not in _FREE}
+    own = settings_record(settings)
     shapes = json.dumps({name: [*p.shape] for name, p in state.trained.items()})
     numbers = sum(p.numel() for p in state.trained.values())
     own["trained weights"] = f"{numbers} numbers ({hashlib.sha256(shapes.encode()).hexdigest()[:8]})"

@@ -8,7 +8,6 @@ __all__ = ['VARIANTS', 'ATTENTION', 'LORA_FILE', 'Variant', 'few_shot_images', '
            'open_finetuned', 'finetuned']
 
 # %% ../nbs/27_unet_finetuning.ipynb #7eb79e61
-import hashlib
 import json
 import shutil
 from collections.abc import Callable, Sequence
@@ -22,7 +21,8 @@ from .core import device_name, peak_memory_mb, sha256, slug
 from .datasets import CONCEPTS, image_paths
 from .images import load_radiograph, open_radiograph
 from .stable_diffusion import encode, encoder_hidden_states, load_pipeline, write_images
-from .training import TrainingSettings, WithPrior, checkpoints, diffusion_loss, run_frozen, tensors_hash, train
+from .training import TrainingSettings, WithPrior, checkpoints, diffusion_loss, made_key, run_frozen
+from .training import settings_record, tensors_hash, train
 
 # %% ../nbs/27_unet_finetuning.ipynb #ddec8357
 @dataclass(frozen=True)
@@ -270,11 +270,9 @@ def finetuned(
     samples = training_samples(variant, images, prompts)
     device = "cpu" if settings.device == "cpu" else "auto"
     pipeline = load_pipeline(source, device, dtype=torch.float32)
-    how = {k: v for k, v in asdict(settings).items() if k not in ("checkpoint_every", "keep", "sample_every", "device")}
-    made_of = {**finetuning_record(pipeline, variant, samples, prompts), "settings": how}
+    made_of = {**finetuning_record(pipeline, variant, samples, prompts), "settings": settings_record(settings)}
     if about := read_finetuned(folder, made_of): return about
-    key = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:12]
-    place = Path(work) / f"{Path(folder).name}_{key}"
+    place = Path(work) / f"{Path(folder).name}_{made_key(made_of)}"
     if torch.cuda.is_available(): torch.cuda.reset_peak_memory_stats()
     log, n = finetune(pipeline, variant, samples, prompts, settings, place, look=_watched(place, look, pipeline))
     results = {

@@ -18,9 +18,9 @@ from torchmetrics.image.kid import KernelInceptionDistance, poly_mmd
 from cxr_nb import judges
 from cxr_nb.judges import features, layer_features, load_classifier, load_extractor, probabilities
 from cxr_nb.metrics import (
-    SCORES, FeatureStatistics, _squared_mmd, classification_scores, disjoint_halves, frechet_by_batches, frechet_distance,
-    frechet_floor, kernel_distance, precision_recall_density_coverage, psnr, rmse, score_differences, score_intervals, ssim,
-    ssim_map,
+    SCORES, FeatureStatistics, classification_scores, disjoint_halves, frechet_by_batches, frechet_distance,
+    frechet_floor, kernel_distance, precision_recall_density_coverage, psnr, rmse, score_differences, score_intervals,
+    squared_mmd, ssim, ssim_map,
 )
 
 PUBLISHED = "densenet121-res224-all"
@@ -140,7 +140,7 @@ def test_floor_is_of_disjoint_patients_and_grows_as_n_falls(rng):
 
 def test_kernel_distance_against_torchmetrics(rng):
     a, b = rng.normal(size=(50, 12)), rng.normal(0.3, 1, size=(50, 12))
-    assert _squared_mmd(a, b) == pytest.approx(poly_mmd(torch.from_numpy(a), torch.from_numpy(b)).item(), rel=1e-9)
+    assert squared_mmd(a, b) == pytest.approx(poly_mmd(torch.from_numpy(a), torch.from_numpy(b)).item(), rel=1e-9)
     first, second = (torch.randint(low, 256, (90, 3, 16, 16), dtype=torch.uint8) for low in (0, 40))
     theirs = KernelInceptionDistance(feature=Tiny(), subset_size=40, subsets=60)
     theirs.update(first, real=True), theirs.update(second, real=False)
@@ -151,7 +151,7 @@ def test_kernel_distance_against_torchmetrics(rng):
 
 
 def test_kernel_distance_has_no_bias(rng):
-    many = [_squared_mmd(rng.normal(size=(10, 4)), rng.normal(size=(10, 4))) for _ in range(3000)]
+    many = [squared_mmd(rng.normal(size=(10, 4)), rng.normal(size=(10, 4))) for _ in range(3000)]
     assert abs(np.mean(many)) < 4 * np.std(many) / 3000**0.5
     x = rng.normal(size=(30, 4))
     assert kernel_distance(x, x + 1, 20, 5, seed=1) == kernel_distance(x, x + 1, 20, 5, seed=1)
