@@ -7,7 +7,7 @@ from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
 
-from cxr_nb import core
+from cxr_nb import core, runner
 
 PROFILE = config.get("profile", "demo")
 OUT = os.path.relpath(core.outputs_dir(PROFILE))
@@ -269,7 +269,7 @@ for name, (reads, _) in GRAPH.items():
         name: f"notebook_{name}"
         input:
             notebook=f"nbs/{name}.ipynb",
-            modules=[f"cxr_nb/{module}.py" for module in core.imported_modules(name)],
+            modules=[f"cxr_nb/{module}.py" for module in runner.imported_modules(name)],
             upstream=[f"{OUT}/{file}" for file in reads],
             edited=EDITED.get(name, []),
         output: products(name)

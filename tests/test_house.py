@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT, tracked
 from packaging.requirements import Requirement
 
-from cxr_nb import core
+from cxr_nb import core, runner
 from cxr_nb.datasets import impression_section, read_openi
 
 NOTEBOOKS = sorted(p.stem for p in (ROOT / "nbs").glob("*.ipynb"))
@@ -44,7 +44,7 @@ def test_imports_flow_downward():
     for name in NOTEBOOKS:
         prefix = name.split("_")[0]
         if not prefix.isdigit(): continue
-        for module in core.imported_modules(name):
+        for module in runner.imported_modules(name):
             assert number[module].isdigit() and number[module] < prefix, f"{name} imports {module} of {number[module]}"
 
 

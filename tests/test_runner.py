@@ -5,7 +5,7 @@ import nbformat
 import pytest
 from conftest import ROOT
 
-from cxr_nb import core
+from cxr_nb import core, runner
 
 
 @pytest.fixture
@@ -44,14 +44,14 @@ GOOD = "99_small:\n  k: 3\n  rate: 1\n  names: [x, y]\n"
 def test_nothing_runs_with_parameters_that_do_not_fit(project, monkeypatch, text, arguments, message):
     monkeypatch.chdir(project)
     profile(project, text)
-    with pytest.raises(SystemExit) as stop: core.main(["run", "99_small", "--profile", "tiny", *arguments])
+    with pytest.raises(SystemExit) as stop: runner.main(["run", "99_small", "--profile", "tiny", *arguments])
     assert message in stop.value.code and "\n" not in stop.value.code
     assert not (project / "outputs").exists()
 
 
 def test_unknown_profile_names_those_there_are(project, monkeypatch):
     monkeypatch.chdir(project)
-    with pytest.raises(SystemExit) as stop: core.main(["run", "99_small", "--profile", "dmeo"])
+    with pytest.raises(SystemExit) as stop: runner.main(["run", "99_small", "--profile", "dmeo"])
     assert stop.value.code == "cxr_nb: profile 'dmeo': no file nbs/profiles/dmeo.yaml; there are demo, paper, public, smoke"
 
 
