@@ -6,7 +6,7 @@
 __all__ = ['LONGEST_NAME', 'PARAMETER_TYPES', 'TABLE_COLUMNS', 'repo_root', 'outputs_dir', 'slug', 'slugs', 'find_path',
            'written_whole', 'check_parameter', 'declared_parameters', 'load_profile', 'resolve_parameters',
            'seed_everything', 'torch_device', 'sha256', 'git_commit', 'git_would_track', 'versions', 'device_name',
-           'peak_memory_mb', 'Run', 'figure_style', 'published', 'paper_view']
+           'peak_memory_mb', 'run_folder', 'Run', 'figure_style', 'published', 'paper_view']
 
 # %% ../nbs/00_core.ipynb #dc2339fb
 import ast
@@ -48,9 +48,8 @@ def repo_root() -> Path:
 def outputs_dir(
     profile: str,  # name of a profile
 ) -> Path:
-    "Folder of a profile's results, `outputs/<profile>` of the project or of `CXR_NB_OUTPUTS`."
-    base = os.environ.get("CXR_NB_OUTPUTS")
-    return (Path(base) if base else repo_root() / "outputs") / profile
+    "Folder of a profile's results, `outputs/<profile>` of the project or of `CXR_NB_OUTPUTS`, as seen from the project."
+    return repo_root() / os.environ.get("CXR_NB_OUTPUTS", "outputs") / profile
 
 # %% ../nbs/00_core.ipynb #dfb346d0
 LONGEST_NAME = 100  # characters; a folder below gets prompts of any length
@@ -215,10 +214,14 @@ def torch_device(
 
 # %% ../nbs/00_core.ipynb #4da9808e
 def sha256(
-    path: Path,  # a file
+    path: Path,  # a file, or a folder
 ) -> str:
-    "Hash of a file's content, hexadecimal."
-    with open(path, "rb") as file: return hashlib.file_digest(file, "sha256").hexdigest()
+    "Hash of a file's content, or of the names and contents of all files of a folder but hidden ones, hexadecimal."
+    if not Path(path).is_dir():
+        with open(path, "rb") as file: return hashlib.file_digest(file, "sha256").hexdigest()
+    files = sorted(p for p in Path(path).rglob("[!.]*") if p.is_file())
+    lines = (f"{sha256(p)} {p.relative_to(path).as_posix()}\n" for p in files)
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 # %% ../nbs/00_core.ipynb #c85895bd
 def git_commit() -> str | None:
@@ -262,11 +265,27 @@ def peak_memory_mb() -> dict[str, int]:  # "cpu" and, where torch uses a GPU, "g
     if torch and torch.cuda.is_available(): memory["gpu"] = round(torch.cuda.max_memory_allocated() / 1e6)
     return memory
 
+# %% ../nbs/00_core.ipynb #518e22d1
+def run_folder(
+    notebook: str,  # stem of a notebook in nbs/
+    parameters: dict,  # the values it runs with, `profile` among them
+) -> Path:
+    "Where a run writes: to the profile's folder, or below `other/` where a value is not the profile's."
+    section = load_profile(parameters["profile"]).get(notebook, {})
+    changed = {name: value for name, value in parameters.items() if name in section and value != section[name]}
+    folder = outputs_dir(parameters["profile"])
+    if not changed: return folder
+    digest = hashlib.sha256(json.dumps(changed, sort_keys=True).encode()).hexdigest()[:6]
+    values = slug(" ".join(f"{name} {value}" for name, value in changed.items()))
+    return folder / "other" / notebook / f"{values[:60].strip('_')}_{digest}"
+
 # %% ../nbs/00_core.ipynb #e5bac0ee
 class Run:
     """One run of a notebook: its parameters, the files it read and wrote, and their record.
 
-    The namespace is the notebook's `globals()`; its annotated names are the
+    It reads what other notebooks left in `profile_folder` and writes to `folder`,
+    which is the same for the profile's own parameters (`run_folder`). The
+    namespace is the notebook's `globals()`; its annotated names are the
     parameters. Raises TypeError for a value that is not of its declared type.
     """
 
@@ -280,7 +299,8 @@ class Run:
         self.parameters = {n: namespace[n] for n in types}
         for name, type_name in types.items():
             check_parameter(f"notebook {notebook}", name, namespace[name], type_name)
-        self.folder = outputs_dir(self.parameters["profile"])
+        self.profile_folder = outputs_dir(self.parameters["profile"])
+        self.folder = run_folder(notebook, self.parameters)
         self.inputs, self.outputs = {}, {}
         if "seed" in self.parameters: seed_everything(self.parameters["seed"])
 
@@ -292,7 +312,7 @@ def need(
     made_by: str,  # stem of the notebook that writes it
 ) -> Path:
     "Path of a file of this profile that must be there; it is hashed into the record."
-    path = self.folder / name
+    path = self.profile_folder / name
     if not path.exists():
         profile = self.parameters["profile"]
         raise FileNotFoundError(
@@ -312,6 +332,15 @@ def write(
     path = self.folder / name
     with written_whole(path) as partial: save(partial)
     self.outputs[name] = sha256(path)
+
+# %% ../nbs/00_core.ipynb #b5446331
+@patch
+def keep(
+    self: Run,
+    name: str,  # path below `folder` of a file or a folder that this run wrote or found as it would write it
+) -> None:
+    "Hash what was written without `write` into the record."
+    self.outputs[name] = sha256(self.folder / name)
 
 # %% ../nbs/00_core.ipynb #1eb3986e
 @patch
