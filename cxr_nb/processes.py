@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Thread
@@ -72,6 +73,7 @@ def _hindrance(path):
 def one_writer(
     path: Path,  # of the lock
     doing: str,  # what the holder does, for the others' message
+    others: Iterable[Path] = (),  # locks that nobody may hold, either
 ):
     "Hold a lock; raises BlockingIOError in one line where another process holds it, or may hold it."
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -79,7 +81,8 @@ def one_writer(
     with open(path.parent / ".guard", "w") as guard:
         # two processes that find the same stale lock would both take it
         fcntl.flock(guard, fcntl.LOCK_EX)
-        if reason := _hindrance(path): raise BlockingIOError(f"{doing}: {reason}")
+        for lock in (path, *others):
+            if reason := _hindrance(lock): raise BlockingIOError(f"{doing}: {reason}")
         path.write_text(json.dumps(owner), encoding="utf-8")
     try: yield
     finally: path.unlink(missing_ok=True)

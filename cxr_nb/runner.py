@@ -17,11 +17,11 @@ from argparse import ArgumentParser
 from contextlib import chdir, contextmanager
 from io import BytesIO
 from pathlib import Path
-from threading import Thread
 
 import yaml
 
-from .core import repo_root, resolve_parameters, run_folder, written_whole
+from .core import outputs_dir, repo_root, resolve_parameters, run_folder, written_whole
+from .processes import end_with, one_writer
 
 # %% ../nbs/06_runner.ipynb #4c4e46e6
 def _lighter(data, widest=500):
