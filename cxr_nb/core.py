@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['LONGEST_NAME', 'PARAMETER_TYPES', 'TABLE_COLUMNS', 'repo_root', 'outputs_dir', 'slug', 'slugs', 'find_path',
-           'written_whole', 'check_parameter', 'declared_parameters', 'load_profile', 'resolve_parameters',
-           'seed_everything', 'torch_device', 'sha256', 'git_commit', 'git_would_track', 'versions', 'device_name',
-           'peak_memory_mb', 'run_folder', 'Run', 'figure_style', 'published', 'paper_view']
+           'written_whole', 'check_parameter', 'declared_parameters', 'plain_value', 'read_yaml', 'read_value',
+           'load_profile', 'resolve_parameters', 'seed_everything', 'torch_device', 'sha256', 'git_commit',
+           'git_would_track', 'versions', 'device_name', 'peak_memory_mb', 'run_folder', 'Run', 'figure_style',
+           'published', 'paper_view']
 
 # %% ../nbs/00_core.ipynb #dc2339fb
 import ast
@@ -107,7 +108,8 @@ def written_whole(
 PARAMETER_TYPES = {
     "bool": lambda v: isinstance(v, bool),
     "int": lambda v: isinstance(v, int) and not isinstance(v, bool),
-    "float": lambda v: isinstance(v, int | float) and not isinstance(v, bool),
+    # no NaN, no infinity, no whole number beyond all floats
+    "float": lambda v: isinstance(v, int | float) and not isinstance(v, bool) and abs(v) <= sys.float_info.max,
     "str": lambda v: isinstance(v, str),
     "list": lambda v: isinstance(v, list) and all(isinstance(x, str) for x in v),
 }
@@ -125,7 +127,8 @@ def check_parameter(
             f"{where}: parameter '{name}' is declared as {type_name}; use one of {', '.join(PARAMETER_TYPES)}"
         )
     if not PARAMETER_TYPES[type_name](value):
-        wanted = "list of text" if type_name == "list" else type_name
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        wanted = "list of text" if type_name == "list" else "a finite number" if type_name == "float" and is_number else type_name
         raise TypeError(f"{where}: parameter '{name}' takes {wanted}, not {value!r} ({type(value).__name__})")
 
 # %% ../nbs/00_core.ipynb #faf246e2
@@ -151,6 +154,64 @@ def declared_parameters(
         declared[node.target.id] = ast.unparse(node.annotation), ast.literal_eval(node.value)
     return declared
 
+# %% ../nbs/00_core.ipynb #5e1a07c3
+_WORDS = {
+    **dict.fromkeys(["true", "True", "TRUE"], True),
+    **dict.fromkeys(["false", "False", "FALSE"], False),
+    **dict.fromkeys(["null", "Null", "NULL", "None", "~", ""], None),
+}
+
+def plain_value(
+    text: str,  # without quotes
+) -> bool | int | float | str | None:
+    "What a word means: one of YAML's words, a number as Python reads it, else text."
+    if text in _WORDS: return _WORDS[text]
+    for number in (int, float):
+        try: return number(text)
+        except ValueError: pass
+    return text
+
+# %% ../nbs/00_core.ipynb #5e1a07c6
+_WORD = "tag:cxr_nb:word"
+
+class _Reader(yaml.SafeLoader):
+    "Text, lists and sections, words as `plain_value` reads them; no other tags and no key twice in a section."
+    yaml_implicit_resolvers = {}
+    yaml_constructors = {
+        tag: yaml.SafeLoader.yaml_constructors[tag]
+        for tag in (None, "tag:yaml.org,2002:str", "tag:yaml.org,2002:seq", "tag:yaml.org,2002:map")
+    }
+
+    def compose_mapping_node(self, anchor):
+        # here, not when the section is made: `<<: *other` then has brought in keys that may be replaced
+        node, lines = super().compose_mapping_node(anchor), {}
+        for key, _ in node.value:
+            name, line = str(key.value), key.start_mark.line + 1
+            if name in lines: raise ValueError(f"'{name}' is there twice, in lines {lines[name]} and {line}; keep one")
+            lines[name] = line
+        return node
+
+_Reader.add_implicit_resolver("tag:yaml.org,2002:merge", re.compile("^<<$"), ["<"])
+_Reader.add_implicit_resolver(_WORD, re.compile(""), None)
+_Reader.add_constructor(_WORD, lambda reader, node: plain_value(reader.construct_scalar(node)))
+
+# %% ../nbs/00_core.ipynb #5e1a07c7
+def read_yaml(
+    text: str,  # of a profile
+) -> object:  # sections, lists, words
+    "Read YAML; raises ValueError, in one line, for what is no YAML, has a tag, or holds a key twice."
+    try: return yaml.load(text, Loader=_Reader)
+    except yaml.YAMLError as error: raise ValueError(f"not valid YAML: {' '.join(str(error).split())}") from None
+    except RecursionError: raise ValueError("not valid YAML: too many lists within lists") from None
+
+# %% ../nbs/00_core.ipynb #5e1a07ca
+def read_value(
+    text: str,  # as given after `-p NAME`
+) -> object:
+    "A value of the command line; raises ValueError for a bracket or a quote that does not close."
+    if text.strip()[:1] in ("[", '"', "'"): return read_yaml(text)
+    return plain_value(text) if text else ""
+
 # %% ../nbs/00_core.ipynb #dfb1bf31
 def load_profile(
     name: str,  # file stem in nbs/profiles
@@ -161,9 +222,8 @@ def load_profile(
     if not path.exists():
         known = ", ".join(sorted(p.stem for p in folder.glob("*.yaml")))
         raise FileNotFoundError(f"profile '{name}': no file nbs/profiles/{name}.yaml; there are {known}")
-    try: sections = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"profile '{name}': not valid YAML: {' '.join(str(error).split())}") from None
+    try: sections = read_yaml(path.read_text(encoding="utf-8"))
+    except ValueError as error: raise ValueError(f"profile '{name}': {error}") from None
     if not isinstance(sections, dict) or not all(isinstance(s, dict) for s in sections.values()):
         raise ValueError(f"profile '{name}': expected one section of parameters per notebook")
     for notebook in sections: declared_parameters(notebook)
@@ -184,7 +244,7 @@ def resolve_parameters(
     where = f"profile '{profile}', notebook {notebook}"
     if notebook not in sections:
         raise KeyError(f"{where}: the profile has no section {notebook}; it has {', '.join(sections)}")
-    if "profile" in (overrides or {}): raise KeyError(f"{where}: 'profile' is no parameter to override; use --profile")
+    if "profile" in sections[notebook] | (overrides or {}): raise KeyError(f"{where}: 'profile' is no parameter to override; use --profile")
     declared = declared_parameters(notebook)
     given = sections[notebook] | {"profile": profile} | (overrides or {})
     for name in given:

@@ -1,11 +1,12 @@
 "The command `cxr_nb run` and plain papermill: what is refused, and when."
 import json
+import math
 
 import nbformat
 import pytest
-from conftest import ROOT
+from papermill.cli import _resolve_type
 
-from cxr_nb import core, runner
+from cxr_nb import core, report
 
 
 @pytest.fixture
@@ -40,18 +41,85 @@ GOOD = "99_small:\n  k: 3\n  rate: 1\n  names: [x, y]\n"
     ("a: [", [], "profile 'tiny': not valid YAML"),
     (GOOD, ["-p", "k", "4.5"], "parameter 'k' takes int, not 4.5 (float)"),
     (GOOD, ["-p", "seed", "1"], "unknown parameter 'seed'"),
+    (GOOD, ["-p", "k", "1", "-p", "k", "2"], "parameter 'k' is given twice; keep one"),
 ])
 def test_nothing_runs_with_parameters_that_do_not_fit(project, monkeypatch, text, arguments, message):
     monkeypatch.chdir(project)
     profile(project, text)
-    with pytest.raises(SystemExit) as stop: runner.main(["run", "99_small", "--profile", "tiny", *arguments])
+    with pytest.raises(SystemExit) as stop: report.main(["run", "99_small", "--profile", "tiny", *arguments])
     assert message in stop.value.code and "\n" not in stop.value.code
     assert not (project / "outputs").exists()
 
 
+REFUSED = object()
+VALUES = [  # as written, the parameter's type, what it is
+    ("10", "int", 10), ("010", "int", 10), ("-010", "int", -10), ("+5", "int", 5), ("1_000", "int", 1000), ("0", "int", 0),
+    ("1:30", "int", REFUSED), ("1:30", "str", "1:30"), ("0x1F", "int", REFUSED), ("0o17", "int", REFUSED), ("0b11", "int", REFUSED),
+    ("1e3", "int", REFUSED), ("4.5", "int", REFUSED), ("08", "int", 8), ("2022-01-01", "str", "2022-01-01"), ("2022-01-01", "int", REFUSED),
+    ("1e-4", "float", 0.0001), ("1E5", "float", 1e5), (".5", "float", 0.5), ("5.", "float", 5.0), ("1_0.5", "float", 10.5), ("3", "float", 3),
+    ("1:30.5", "float", REFUSED), ("nan", "float", REFUSED), ("inf", "float", REFUSED), ("-inf", "float", REFUSED), ("1e999", "float", REFUSED),
+    (".nan", "float", REFUSED), (".inf", "float", REFUSED), ("9" * 400, "float", REFUSED), ("nan", "int", REFUSED),
+    ("true", "bool", True), ("False", "bool", False), ("yes", "bool", REFUSED), ("off", "bool", REFUSED), ("1", "bool", REFUSED),
+    ("off", "str", "off"), ("on", "str", "on"), ("y", "str", "y"), ("true", "str", REFUSED), ("0.1", "str", REFUSED), ("10", "str", REFUSED),
+    ('"0.1"', "str", "0.1"), ("'on'", "str", "on"), ('""', "str", ""), ("~", "str", REFUSED), ("null", "str", REFUSED), ("None", "int", REFUSED),
+    ("=", "str", "="), ("[on, 1:30, x]", "list", ["on", "1:30", "x"]), ("[]", "list", []), ('["32", "64"]', "list", ["32", "64"]),
+    ("[32, 64]", "list", REFUSED), ("[a, ~]", "list", REFUSED), ("[[a]]", "list", REFUSED), ("lung", "list", REFUSED),
+]
+
+
+@pytest.mark.parametrize("text, kind, value", VALUES)
+def test_a_value_is_the_same_in_a_profile_and_on_the_command_line(text, kind, value):
+    for read in (core.read_yaml(f"x: {text}")["x"], core.read_yaml(f"{{x: {text}}}")["x"], core.read_value(text)):
+        if value is REFUSED:
+            with pytest.raises(TypeError, match="^here: parameter 'x' takes "): core.check_parameter("here", "x", read, kind)
+        else:
+            core.check_parameter("here", "x", read, kind)
+            assert (read, type(read)) == (value, type(value))
+
+
+@pytest.mark.parametrize("text", sorted({text for text, *_ in VALUES if text[0] not in "[\"'~" and text not in ("true", "null")}))
+def test_words_and_numbers_are_what_papermill_takes_them_for(text):
+    theirs, ours = _resolve_type(text), core.read_value(text)
+    assert type(ours) is type(theirs) and (ours == theirs or math.isnan(ours) and math.isnan(theirs))
+
+
+@pytest.mark.parametrize("text, message", [
+    (GOOD + "  k: 5\n", "profile 'tiny': 'k' is there twice, in lines 2 and 5; keep one"),
+    (GOOD + '  "k": 5\n', "profile 'tiny': 'k' is there twice, in lines 2 and 5; keep one"),
+    (GOOD + "98_other: {a: 1, b: 2, a: 3}\n", "profile 'tiny': 'a' is there twice, in lines 5 and 5; keep one"),
+    (GOOD + "98_other: {}\n" + GOOD, "profile 'tiny': '99_small' is there twice, in lines 1 and 6; keep one"),
+    (GOOD.replace("3", "!!python/object/apply:os.getcwd []"), "profile 'tiny': not valid YAML"),
+    (GOOD.replace("3", "!!int '010'"), "profile 'tiny': not valid YAML"),
+    (GOOD.replace("3", "*base"), "profile 'tiny': not valid YAML"),
+    (GOOD.replace("3", "[" * 5000), "profile 'tiny': not valid YAML: too many lists within lists"),
+    (GOOD.replace("3", ""), "parameter 'k' takes int, not None"),
+    (GOOD + "  profile: demo\n", "'profile' is no parameter to override"),
+    (GOOD.replace("3", "\x07"), "profile 'tiny': not valid YAML"),
+])
+def test_a_profile_that_can_be_read_in_two_ways_is_refused(project, monkeypatch, text, message):
+    monkeypatch.chdir(project)
+    profile(project, text)
+    with pytest.raises(SystemExit) as stop: report.main(["run", "99_small", "--profile", "tiny"])
+    assert message in stop.value.code and "\n" not in stop.value.code
+
+
+def test_sections_may_share_values(project, monkeypatch):
+    "A merge key brings in what the section itself may replace: that is no key given twice."
+    monkeypatch.chdir(project)
+    profile(project, GOOD.replace("99_small:", "00_core: &base {k: 4, rate: 2}\n99_small:\n  <<: *base"))
+    assert core.load_profile("tiny")["99_small"] == {"k": 3, "rate": 1, "names": ["x", "y"]}
+
+
+@pytest.mark.parametrize("text", ["effusion: left", "lung #2", "#5", "@x", "*x", "{a", "a, b", "- a", "%", "don't", "[CLS"])
+def test_text_on_the_command_line_is_taken_whole_or_refused(text):
+    if text == "[CLS":
+        with pytest.raises(ValueError): core.read_value(text)
+    else: assert core.read_value(text) == text == _resolve_type(text)
+
+
 def test_unknown_profile_names_those_there_are(project, monkeypatch):
     monkeypatch.chdir(project)
-    with pytest.raises(SystemExit) as stop: runner.main(["run", "99_small", "--profile", "dmeo"])
+    with pytest.raises(SystemExit) as stop: report.main(["run", "99_small", "--profile", "dmeo"])
     assert stop.value.code == "cxr_nb: profile 'dmeo': no file nbs/profiles/dmeo.yaml; there are demo, paper, public, smoke"
 
 
