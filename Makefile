@@ -31,17 +31,11 @@ $(READY): requirements.lock settings.ini setup.py
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --offline --editable .
 	touch $@
 
-# A killed run leaves its lock behind; with no other run in this folder the lock is stale, and the run goes on.
-SNAKEMAKE = "$(CURDIR)/$(BIN)/python" -m snakemake --cores $(CORES) --rerun-incomplete --config profile=$(PROFILE)
-define unlock
-@if ls .snakemake/locks/* >/dev/null 2>&1 && command -v pgrep >/dev/null && ! pgrep -f '$(CURDIR)/$(BIN)/[p]ython -m snakemake' >/dev/null; \
-	then touch .snakemake/stale; fi
-@if test -e .snakemake/stale; then rm .snakemake/stale; $(SNAKEMAKE) --quiet all --unlock; fi
-endef
+# the command ends with this make, which names itself by the shell's parent
+RUN = @CXR_NB_MAKE=$$PPID exec $(BIN)/cxr_nb report --profile "$(PROFILE)" --cores $(CORES)
 
 report: $(READY)  ## run every notebook of the report that is out of date: PROFILE=demo CORES=all
-	$(unlock)
-	$(SNAKEMAKE)
+	$(RUN)
 
 # the browser is asked for before a report is run for it
 CHROMIUM ?= $(firstword $(foreach p,chromium chromium-browser google-chrome,$(shell command -v $(p))))
@@ -56,12 +50,10 @@ miniature: $(READY)  ## train the parts that cxr_nb/miniature lacks, and measure
 	$(BIN)/cxr_nb run C_miniature --profile demo -p train true
 
 benchmarks: $(READY)  ## measure the speed ratios (D_benchmarks), outside the report's budget
-	$(unlock)
-	$(SNAKEMAKE) -- benchmarks
+	$(RUN) --target benchmarks
 
 ablations: $(READY)  ## train and sample the U-Net in other ways (E_ablations), outside the report's budget
-	$(unlock)
-	$(SNAKEMAKE) -- ablations
+	$(RUN) --target ablations
 
 test: $(READY)  ## everything that must be green: notebooks, tests, the smoke report, clean and in sync
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2

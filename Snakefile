@@ -7,7 +7,7 @@ from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
 
-from cxr_nb import core, runner
+from cxr_nb import core, report, runner
 
 PROFILE = config.get("profile", "demo")
 OUT = os.path.relpath(core.outputs_dir(PROFILE))
@@ -15,6 +15,7 @@ OUT = os.path.relpath(core.outputs_dir(PROFILE))
 AT_ONCE = 1 if shutil.which("nvidia-smi") else 2
 try:
     PARAMETERS = {name: core.resolve_parameters(name, PROFILE) for name in core.load_profile(PROFILE)}
+    if wrong := report.unfitting(PROFILE): raise ValueError("\n".join(wrong))
 except (FileNotFoundError, KeyError, TypeError, ValueError) as error:
     raise WorkflowError(error.args[-1])
 
@@ -67,6 +68,8 @@ def original_images():
     return [f"images/original/{name}" for name in names]
 
 
+# What is trained (models/, training/) is no output here: Snakemake would delete it before a job and after a failure.
+# Notebooks find it by what it was made of, and train what is missing; their records hold its hashes (cxr_nb report).
 def adaptation_graph():
     "The three ways to adapt the model and what they draw, where the profile has images to adapt it to."
     if not PARAMETERS["21_datasets"]["few_shot_source"]: return {}
@@ -78,13 +81,11 @@ def adaptation_graph():
         "26_textual_inversion": drawn("textual_inversion", inversion["variants"], inversion["prompts"], inversion["images_per_prompt"]),
         "27_unet_finetuning": drawn("unet", unet["variants"], [unet["no_finding_prompt"], unet["effusion_prompt"]], unet["images_per_prompt"]),
     }
-    projections = [f"models/textual_projection/{core.slug(v)}/projection.safetensors" for v in projection["variants"] if v != "no projection"]
-    trained = [f"models/unet/{core.slug(v)}/training.json" for v in unet["variants"]]
     records = [f"records/{name}.json" for name in ADAPTATIONS]
     return {
         "25_textual_projection": (
             ["cohorts/captions.parquet"] * (projection["captions"] == "cohort"),
-            ["tables/textual_projection.csv", *figures("textual_projection_loss"), *sheets("textual_projection_along"), *projections, *images["25_textual_projection"]],
+            ["tables/textual_projection.csv", *figures("textual_projection_loss"), *sheets("textual_projection_along"), *images["25_textual_projection"]],
         ),
         "26_textual_inversion": (
             [*few_shot, *phantoms],
@@ -92,7 +93,7 @@ def adaptation_graph():
         ),
         "27_unet_finetuning": (
             [*few_shot, *phantoms],
-            [*figures("unet_losses"), *sheets("few_shot", "unet_along_training", "images_unet"), *trained, *images["27_unet_finetuning"]],
+            [*figures("unet_losses"), *sheets("few_shot", "unet_along_training", "images_unet"), *images["27_unet_finetuning"]],
         ),
         "31_training_details": (records, ["tables/training_details.csv"]),
         "10_introduction": (
@@ -100,11 +101,11 @@ def adaptation_graph():
             ["figures/figure_1.png"],
         ),
         **results_graph([*records, *original_images(), *(image for own in images.values() for image in own)]),
-        "E_ablations": ablations([*few_shot, *phantoms, *trained]),
+        "E_ablations": ablations([*few_shot, *phantoms]),
     }
 
 
-def ablations(trained):
+def ablations(few_shot):
     "What E_ablations reads and writes: the U-Nets that 27_unet_finetuning trained, trained and sampled in other ways."
     own = PARAMETERS["E_ablations"]
     cohort = [f"cohorts/{core.slug(PARAMETERS['21_datasets']['few_shot_source'])}.csv"]
@@ -114,7 +115,7 @@ def ablations(trained):
     varied = ["runs", "few_shot_images", "training_steps", "prior_weight", "guidance_scale", "sampler_steps"]
     tables = [f"tables/{name}.csv" for name in ("ablations", "ablation_seeds")]
     drawn = [*sheets(*(f"ablation_{name}" for name in varied)), "figures/ablation_chexpert_k.png"]
-    return [*trained, *cohort, *records, features, *texts], [*tables, *drawn]
+    return [*few_shot, *cohort, *records, features, *texts], [*tables, *drawn]
 
 
 def results_graph(pictures):
@@ -268,19 +269,19 @@ for name, (reads, _) in GRAPH.items():
     rule:
         name: f"notebook_{name}"
         input:
-            notebook=f"nbs/{name}.ipynb",
             modules=[f"cxr_nb/{module}.py" for module in runner.imported_modules(name)],
             upstream=[f"{OUT}/{file}" for file in reads],
             edited=EDITED.get(name, []),
-        output: products(name)
-        # a failed rule loses its outputs; the executed notebook is what explains the failure, so it is a log
-        log: f"{OUT}/notebooks/{name}.ipynb"
+        output: [*products(name), f"{OUT}/notebooks/{name}.ipynb"]
+        message: f"notebook {name}"
         params:
             name=name,
+            # neither its prose nor outputs that were saved in it change what a notebook computes
+            code=runner.code_hash(name),
             parameters=PARAMETERS[name],
             apart=[core.sha256(path) for path in APART_RECORDS if path.exists()] if name == "F_page" else [],
             command=Path(sys.executable).parent / "cxr_nb",
         threads: max(1, workflow.cores // AT_ONCE)
         # what takes longest begins first, and all that it waits for
         priority: int(name in ("03_phantoms", "21_datasets", "27_unet_finetuning"))
-        shell: "{params.command} run {params.name} --profile {PROFILE}"
+        shell: "{params.command:q} run {params.name} --profile {PROFILE}"
