@@ -12,11 +12,14 @@ READY := $(VENV)/.ready
 export PYTHONNOUSERSITE := 1
 export PYTHONHASHSEED := 0
 
+# an environment that was taken away in part is made again
+$(shell test -x $(BIN)/python && test -x $(BIN)/cxr_nb || rm -f $(READY))
+
 .DEFAULT_GOAL := help
-.PHONY: help env report pdf miniature test lab benchmarks ablations prepare readme lock clean
+.PHONY: help env report pdf miniature test lab benchmarks ablations prepare readme lock clean clean-results
 
 help:  ## list the targets
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
 
 env: $(READY)  ## make the environment from the lock (done by itself where needed)
 
@@ -59,8 +62,9 @@ test: $(READY)  ## everything that must be green: notebooks, tests, the smoke re
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2
 	$(BIN)/python -m pytest tests -n 2 --dist loadfile --no-loadscope-reorder
 
+# from the project's root, so that results and own data are in reach of the notebooks and of the file browser
 lab: $(READY)  ## open JupyterLab on the notebooks (ARGS="--no-browser --port 8890" are handed on)
-	$(BIN)/jupyter lab nbs $(ARGS)
+	$(BIN)/jupyter lab --ServerApp.root_dir="$(CURDIR)" --LabApp.default_url=/lab/tree/nbs/index.ipynb $(ARGS)
 
 prepare: $(READY)  ## before a commit: export, clean and render the README
 	$(BIN)/nbdev_export
@@ -77,6 +81,8 @@ readme: $(READY)
 lock: $(READY)  ## resolve requirements.lock anew from settings.ini
 	$(BIN)/uv pip compile --quiet --universal --generate-hashes --no-header --python-version 3.11 --extra dev setup.py -o requirements.lock
 
-clean:  ## remove the environment and every result that is not committed
+clean:  ## remove the environment; results stay
 	rm -rf $(VENV) .snakemake
-	git clean -fdXq outputs
+
+clean-results:  ## remove the results of one profile that are not committed: PROFILE=demo
+	git clean -fdXq "outputs/$(PROFILE)"

@@ -213,21 +213,41 @@ def read_value(
     return plain_value(text) if text else ""
 
 # %% ../nbs/00_core.ipynb #dfb1bf31
-def load_profile(
-    name: str,  # file stem in nbs/profiles
-) -> dict[str, dict]:  # notebook -> parameters
-    "Read a profile; raises FileNotFoundError or ValueError, naming what is there and what is wrong."
+def _profile_file(name):
+    "The sections that one file of nbs/profiles holds."
     folder = repo_root() / "nbs" / "profiles"
     path = folder / f"{name}.yaml"
+    if not re.fullmatch(r"\w[\w.-]*", name):
+        raise ValueError(f"profile {name!r}: a name has letters, digits, points, dashes and underscores")
     if not path.exists():
         known = ", ".join(sorted(p.stem for p in folder.glob("*.yaml")))
         raise FileNotFoundError(f"profile '{name}': no file nbs/profiles/{name}.yaml; there are {known}")
     try: sections = read_yaml(path.read_text(encoding="utf-8"))
     except ValueError as error: raise ValueError(f"profile '{name}': {error}") from None
-    if not isinstance(sections, dict) or not all(isinstance(s, dict) for s in sections.values()):
+    given = {key: value for key, value in sections.items() if key != "base"} if isinstance(sections, dict) else {0: 0}
+    if not all(isinstance(section, dict) for section in given.values()):
         raise ValueError(f"profile '{name}': expected one section of parameters per notebook")
-    for notebook in sections: declared_parameters(notebook)
     return sections
+
+# %% ../nbs/00_core.ipynb #dfb1bf33
+def load_profile(
+    name: str,  # file stem in nbs/profiles
+) -> dict[str, dict]:  # notebook -> parameters
+    "Read a profile; raises FileNotFoundError or ValueError, naming what is there and what is wrong."
+    return _with_base(name, ())
+
+def _with_base(name, derived):
+    "A profile with what it takes from its base; `derived` are the profiles that are based on it."
+    if name in derived: raise ValueError(f"profile '{name}': is based on itself by {' and '.join(derived)}")
+    own = _profile_file(name)
+    base, shared = own.pop("base", None), own.pop("shared", {})
+    sections = _with_base(str(base), (*derived, name)) if base is not None else {}
+    declared = {notebook: declared_parameters(notebook) for notebook in {**sections, **own}}
+    for key in shared:
+        if not any(key in names for names in declared.values()):
+            raise ValueError(f"profile '{name}': shared: no notebook has a parameter '{key}'")
+    taken = {notebook: {k: v for k, v in shared.items() if k in names} for notebook, names in declared.items()}
+    return {notebook: sections.get(notebook, {}) | taken[notebook] | own.get(notebook, {}) for notebook in declared}
 
 # %% ../nbs/00_core.ipynb #dc312112
 def resolve_parameters(

@@ -589,7 +589,7 @@ def report_page(
     parts, reasons = sections(), left_out(profile)
     for section in (section for section in parts if "apart" in section):
         for name in section["notebooks"]:
-            there = (run.folder / f"records/{name}.json").exists()
+            there = (run.profile_folder / f"records/{name}.json").exists()
             if name in profile and not there: reasons[name] = f"measured apart from the report, by {section['apart']}"
     asked = [name for section in parts for name in section["notebooks"] if name not in reasons]
     records = {name: json.loads(run.need(f"records/{name}.json", name).read_text(encoding="utf-8")) for name in asked}

@@ -9,6 +9,7 @@ __all__ = ['run_notebook', 'read_overrides', 'run_or_exit', 'code_hash', 'import
 import base64
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
@@ -76,6 +77,8 @@ def run_notebook(
     "Execute a notebook with a profile's parameters; raises before anything runs where they do not fit."
     import papermill
     parameters = resolve_parameters(notebook, profile, overrides)
+    # it reads the parameters cell line by line, and warns of what it cannot; they are checked by now
+    logging.getLogger("papermill").setLevel(logging.ERROR)
     root, folder = repo_root(), run_folder(notebook, parameters)
     # relative paths, for papermill writes them into the notebook it leaves
     with _executed_copy(folder, notebook) as partial, chdir(root):

@@ -1,12 +1,13 @@
 "The command `cxr_nb run` and plain papermill: what is refused, and when."
 import json
+import shutil
 import math
 
 import nbformat
 import pytest
 from papermill.cli import _resolve_type
 
-from cxr_nb import core, report
+from cxr_nb import core, processes, report
 
 
 @pytest.fixture
@@ -125,22 +126,60 @@ def test_unknown_profile_names_those_there_are(project, monkeypatch):
 
 def test_run_leaves_output_record_and_executed_notebook(project, run_in):
     profile(project, GOOD)
-    done = run_in(project, "cxr_nb", "run", "99_small", "--profile", "tiny", "-p", "k", 7)
-    assert done.returncode == 0, done.stderr
+    done = run_in(project, "cxr_nb", "run", "99_small", "--profile", "tiny")
+    assert done.returncode == 0 and "cxr_nb:" not in done.stdout, done.stderr
     record = json.loads((project / "outputs/tiny/records/99_small.json").read_text())
-    assert record["parameters"] == {"profile": "tiny", "k": 7, "rate": 1, "names": ["x", "y"]}
+    assert record["parameters"] == {"profile": "tiny", "k": 3, "rate": 1, "names": ["x", "y"]}
     assert record["outputs"] == {"measures/k.txt": core.sha256(project / "outputs/tiny/measures/k.txt")}
-    assert record["results"] == {"k": 7} and record["seconds"] >= 0 and record["versions"]["torch"]
+    assert record["results"] == {"k": 3} and record["versions"]["torch"]
     assert str(project) not in (project / "outputs/tiny/notebooks/99_small.ipynb").read_text()
+    assert not (project / "outputs/tiny/failed").exists()
+
+
+@pytest.mark.parametrize("command", [("cxr_nb", "run", "99_small", "--profile", "tiny", "-p", "k", 7), ("papermill", "nbs/99_small.ipynb", "out.ipynb", "--cwd", "nbs", "-p", "k", 7, "-p", "rate", 1, "-y", "names: [x, y]")])
+def test_other_parameters_leave_the_profile_s_results_alone(project, run_in, command):
+    profile(project, GOOD)
+    assert run_in(project, "cxr_nb", "run", "99_small", "--profile", "tiny").returncode == 0
+    kept = core.sha256(project / "outputs/tiny")
+    done = run_in(project, *command)
+    assert done.returncode == 0, done.stderr
+    folder, = (project / "outputs/tiny/other/99_small").iterdir()
+    assert folder.name.startswith("k_7_") and (folder / "measures/k.txt").read_text() == "7"
+    assert json.loads((folder / "records/99_small.json").read_text())["parameters"]["k"] == 7
+    shutil.rmtree(project / "outputs/tiny/other")
+    assert core.sha256(project / "outputs/tiny") == kept
 
 
 def test_failed_run_says_why_in_one_line_and_keeps_its_notebook(project, run_in):
     profile(project, GOOD)
-    done = run_in(project, "cxr_nb", "run", "99_small", "--profile", "tiny", "-p", "k", 70)
+    assert run_in(project, "cxr_nb", "run", "99_small", "--profile", "tiny").returncode == 0
+    profile(project, GOOD.replace("k: 3", "k: 70"))
+    done = run_in(project, "cxr_nb", "run", "99_small", "--profile", "tiny")
     assert done.returncode == 1
-    assert "cxr_nb: notebook 99_small failed: ValueError: k=70 is too large" in done.stderr and "Traceback" not in done.stderr
-    assert "k=70 is too large" in (project / "outputs/tiny/notebooks/99_small.ipynb").read_text()
-    assert not (project / "outputs/tiny/measures").exists() and not (project / "outputs/tiny/records").exists()
+    assert "cxr_nb: notebook 99_small failed: ValueError: k=70 is too large\nsee outputs/tiny/failed/99_small.ipynb" in done.stderr and "Traceback" not in done.stderr
+    assert "k=70 is too large" in (project / "outputs/tiny/failed/99_small.ipynb").read_text()
+    assert "k=70" not in (project / "outputs/tiny/notebooks/99_small.ipynb").read_text() and not list(project.rglob(".partial-*"))
+    profile(project, GOOD)
+    assert run_in(project, "cxr_nb", "run", "99_small", "--profile", "tiny").returncode == 0
+    assert not (project / "outputs/tiny/failed/99_small.ipynb").exists()
+
+
+def test_a_kernel_that_dies_ends_in_one_line(project, run_in):
+    notebook = project / "nbs/99_small.ipynb"
+    notebook.write_text(notebook.read_text().replace("run.finish(k=k);", "import os; os.kill(os.getpid(), 9)"))
+    profile(project, GOOD)
+    done = run_in(project, "cxr_nb", "run", "99_small", "--profile", "tiny")
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "cxr_nb: notebook 99_small failed: its kernel died, for want of memory or by a signal" in done.stderr
+
+
+def test_a_second_run_in_the_same_place_waits_for_its_turn(project, run_in):
+    profile(project, GOOD)
+    with processes.one_writer(project / "outputs/tiny/.locks/report", "a report"):
+        done = run_in(project, "cxr_nb", "run", "99_small", "--profile", "tiny")
+        assert done.returncode == 1 and "cxr_nb: notebook 99_small: a report (process" in done.stderr and "is at work there" in done.stderr
+        assert run_in(project, "cxr_nb", "run", "99_small", "--profile", "tiny", "-p", "k", 7).returncode == 0
+    assert not (project / "outputs/tiny/records").exists()
 
 
 def test_plain_papermill_gets_the_type_check_in_the_next_cell(project, run_in):
@@ -157,3 +196,52 @@ def test_missing_input_names_notebook_and_command(tmp_path, monkeypatch):
     run = core.Run("33_text_encoder_results", {"profile": "demo", "__annotations__": {"profile": str}})
     with pytest.raises(FileNotFoundError, match="^outputs/demo/cohorts/x.csv is missing; notebook 21_datasets makes it: cxr_nb run 21_datasets --profile demo$"):
         run.need("cohorts/x.csv", "21_datasets")
+
+
+def test_a_profile_holds_only_what_differs_from_its_base(project, monkeypatch):
+    monkeypatch.chdir(project)
+    profile(project, GOOD)
+    based = project / "nbs/profiles/mine.yaml"
+    based.write_text("base: tiny\nshared:\n  k: 4\n  rate: 0.25\n99_small:\n  rate: 2\n")
+    assert core.resolve_parameters("99_small", "mine") == {"profile": "mine", "k": 4, "rate": 2, "names": ["x", "y"]}
+    assert core.resolve_parameters("99_small", "tiny")["k"] == 3
+
+
+@pytest.mark.parametrize("text, message", [
+    ("base: tiny\nshared:\n  kk: 4\n", "profile 'mine': shared: no notebook has a parameter 'kk'"),
+    ("base: mine\n", "profile 'mine': is based on itself by mine"),
+    ("base: nobody\n", "profile 'nobody': no file nbs/profiles/nobody.yaml"),
+    ("base: ../tiny\n", "profile '../tiny': a name has letters, digits, points, dashes and underscores"),
+    ("base: tiny\nshared: 3\n", "profile 'mine': expected one section of parameters per notebook"),
+])
+def test_a_base_that_is_none_is_refused(project, monkeypatch, text, message):
+    monkeypatch.chdir(project)
+    profile(project, GOOD)
+    (project / "nbs/profiles/mine.yaml").write_text(text)
+    with pytest.raises((ValueError, FileNotFoundError)) as stop: core.load_profile("mine")
+    assert message in str(stop.value) and "\n" not in str(stop.value)
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"21_datasets": {"folders": ["Mine=data/mine"], "few_shot_source": "Mine"}}, "23_autoencoder reads 'Phantoms' (sources), and 21_datasets names 'Mine'"),
+    ({"27_unet_finetuning": {"variants": ["no findings and abnormality"]}}, "10_introduction reads 'no findings and abnormality, with prior' (shown_variant), and 27_unet_finetuning names"),
+    ({"28_classification": {"judges": ["x/judge_c"]}}, "35_classification_results reads 'cxr_nb/miniature/classifiers/judge_a' (judge), and 28_classification names 'x/judge_c'"),
+    ({"24_text_encoder": {"encoders": ["BERT=models/bert"]}}, "B_text_clusters reads 'Miniature CLIP' (figure_6), and 24_text_encoder names 'BERT'"),
+    ({"22_stable_diffusion": {"prompts": ["A chest"]}}, "10_introduction reads 'A photo of a lung xray' (negative_prompt), and 22_stable_diffusion names 'A chest'"),
+])
+def test_a_profile_whose_parts_do_not_fit_is_refused_before_anything_runs(tmp_path, copy_project, monkeypatch, changes, message):
+    copy = copy_project(tmp_path)
+    (copy / "nbs/profiles/mine.yaml").write_text(json.dumps({"base": "demo"} | changes))
+    monkeypatch.chdir(copy)
+    assert any(f"profile 'mine': {message}" in line for line in report.unfitting("mine"))
+    with pytest.raises(SystemExit) as stop: report.main(["report", "--profile", "mine"])
+    assert stop.value.code == 1 and not (copy / "outputs").exists()
+
+
+def test_own_images_are_named_in_one_place(tmp_path, copy_project, monkeypatch):
+    copy = copy_project(tmp_path)
+    monkeypatch.chdir(copy)
+    shared = {"folders": ["Mine=data/mine"], "few_shot_source": "Mine", "sources": ["Mine"], "source": "Mine"}
+    (copy / "nbs/profiles/mine.yaml").write_text(json.dumps({"base": "demo", "shared": shared}))
+    assert report.unfitting("mine") == []
+    assert core.resolve_parameters("28_classification", "mine")["source"] == "Mine"
