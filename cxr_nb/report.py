@@ -140,11 +140,11 @@ def shown_lines(
 
 # %% ../nbs/07_report.ipynb #07c0de37
 _SNAKEMAKE = """
-import json, os
+import json, os, sys
 from cxr_nb.processes import end_with
 from snakemake.cli import main
 end_with(json.loads(os.environ["CXR_NB_REPORT"]))
-main()
+sys.exit(main())
 """
 
 def _snakemake(profile, *arguments):

@@ -1,0 +1,145 @@
+"The command behind `make report`, on a graph of one small notebook: lines for a person, signals, locks, noise, clear ends."
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import psutil
+import pytest
+
+from cxr_nb import core, processes
+
+SNAKEFILE = """
+PROFILE = config["profile"]
+COMMAND = "{command}"
+rule report:
+    input: f"outputs/{{PROFILE}}/records/99_small.json"
+rule notebook_99_small:
+    input: "nbs/99_small.ipynb"
+    output: f"outputs/{{PROFILE}}/records/99_small.json", f"outputs/{{PROFILE}}/notebooks/99_small.ipynb"
+    message: "notebook 99_small"
+    params: parameters=open(f"nbs/profiles/{{PROFILE}}.yaml").read()
+    shell: "{{COMMAND:q}} run 99_small --profile {{PROFILE}}"
+"""
+LOOP = """
+import os, time
+from pathlib import Path
+for i in range(steps):
+    Path("../ticks").write_text(f"{i} {os.getpid()}")
+    time.sleep(0.05)
+"""
+FINISH = """
+run.write("measures/steps.txt", lambda p: p.write_text(str(steps)))
+if steps == 3: raise ValueError("three is refused")
+run.finish(steps=steps);
+"""
+
+
+@pytest.fixture
+def project(tmp_path, copy_project):
+    "A copy of the project, in a folder with a blank in its name, whose graph is one notebook."
+    copy = copy_project(tmp_path / "a project")
+    new = nbformat.v4
+    sources = ["profile: str = 'tiny'\nsteps: int = 1", "from cxr_nb.core import Run", "run = Run('99_small', globals())", LOOP, FINISH]
+    cells = [new.new_markdown_cell("# Small\n> For a test."), *(new.new_code_cell(source) for source in sources)]
+    for i, cell in enumerate(cells): cell["id"] = f"cell{i}"
+    cells[1]["metadata"]["tags"] = ["parameters"]
+    kernel = {"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}}
+    nbformat.write(new.new_notebook(cells=cells, metadata=kernel), copy / "nbs/99_small.ipynb")
+    (copy / "Snakefile").write_text(SNAKEFILE.format(command=Path(sys.executable).parent / "cxr_nb"))
+    return copy
+
+
+def profile(project, steps): (project / "nbs/profiles/tiny.yaml").write_text(f"base: smoke\n99_small:\n  steps: {steps}\n")
+
+
+def started(project, *before):
+    "Start the command, after other words where there are some, and wait until its notebook's kernel is at work."
+    profile(project, 1200)
+    command = [*before, str(Path(sys.executable).parent / "cxr_nb"), "report", "--profile", "tiny", "--cores", "1"]
+    env = os.environ | {"PYTHONPATH": str(project)}
+    running = subprocess.Popen(command, cwd=project, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    wait_for(lambda: (project / "ticks").exists() and " " in (project / "ticks").read_text())
+    return running, psutil.Process(running.pid).children(recursive=True)
+
+
+def wait_for(true, seconds=120):
+    end = time.time() + seconds
+    while not true():
+        assert time.time() < end, "waited in vain"
+        time.sleep(0.1)
+
+
+def test_a_line_for_the_beginning_and_the_end_and_where_the_page_lies(project, run_in):
+    profile(project, 1)
+    done = run_in(project, "cxr_nb", "report", "--profile", "tiny")
+    assert done.returncode == 0, done.stderr
+    first, second, page = done.stdout.splitlines()
+    assert first == "[ 1/1] 99_small begins" and second.startswith("[ 1/1] 99_small ended after ") and page == "the page: outputs/tiny/report.html"
+    log = (project / "outputs/tiny/report.log").read_text()
+    assert "Job stats" in log and "TCP" not in log and "Unable to parse" not in log
+    again = run_in(project, "cxr_nb", "report", "--profile", "tiny")
+    assert again.stdout.splitlines() == ["everything is up to date", "the page: outputs/tiny/report.html"]
+    # a result that is lost or damaged is made again, though Snakemake does not know of it
+    for spoil in (Path.unlink, lambda path: path.write_text("2")):
+        spoil(project / "outputs/tiny/measures/steps.txt")
+        assert "99_small begins" in run_in(project, "cxr_nb", "report", "--profile", "tiny").stdout
+        assert (project / "outputs/tiny/measures/steps.txt").read_text() == "1"
+
+
+def test_a_failure_is_one_line_and_where_to_look(project, run_in):
+    profile(project, 3)
+    done = run_in(project, "cxr_nb", "report", "--profile", "tiny")
+    assert done.returncode == 1 and "Traceback" not in done.stdout + done.stderr
+    assert "cxr_nb: notebook 99_small failed: ValueError: three is refused" in done.stdout
+    assert done.stderr.splitlines() == ["what ran is kept, and the same command goes on from there; log: outputs/tiny/report.log"]
+    (project / "Snakefile").write_text("rule report:\n    input: 'nowhere'\n")
+    done = run_in(project, "cxr_nb", "report", "--profile", "tiny")
+    assert done.returncode == 1 and "cxr_nb: report failed: MissingInputException" in done.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGKILL])
+def test_children_end_with_the_command(project, number):
+    running, children = started(project)
+    running.send_signal(number)
+    assert not psutil.wait_procs(children, timeout=10)[1]
+    output, _ = running.communicate(timeout=10)
+    assert running.returncode and "Traceback" not in output
+    ticks = (project / "ticks").read_text()
+    time.sleep(0.5)
+    assert (project / "ticks").read_text() == ticks
+    profile(project, 1)
+    again = subprocess.run([Path(sys.executable).parent / "cxr_nb", "report", "--profile", "tiny"], cwd=project, env=os.environ | {"PYTHONPATH": str(project)})
+    assert again.returncode == 0 and not list(project.glob("outputs/tiny/**/.partial-*"))
+
+
+def test_children_end_with_a_make_that_is_killed(project):
+    shell = "import subprocess, sys, os; subprocess.run(sys.argv[1:], env=os.environ | {'CXR_NB_MAKE': str(os.getpid())})"
+    running, children = started(project, sys.executable, "-c", shell)
+    running.kill()
+    assert not psutil.wait_procs(children, timeout=15)[1]
+
+
+def test_children_end_with_a_snakemake_that_is_killed(project):
+    running, children = started(project)
+    snakemake, = (child for child in psutil.Process(running.pid).children())
+    snakemake.kill()
+    assert not psutil.wait_procs(children, timeout=15)[1]
+    assert running.wait(timeout=10) == 1
+
+
+def test_a_lock_of_an_owner_out_of_sight_stands(project, run_in):
+    profile(project, 1)
+    lock = project / "outputs/tiny/.locks/report"
+    lock.parent.mkdir(parents=True)
+    owner = processes.process_id() | {"doing": "a report", "since": "yesterday"}
+    lock.write_text(json.dumps(owner | {"host": "node7"}))
+    done = run_in(project, "cxr_nb", "report", "--profile", "tiny")
+    assert done.returncode == 1 and "node7" in done.stderr and "delete that file if it has ended" in done.stderr and lock.exists()
+    # one that is known to be gone is no hindrance
+    lock.write_text(json.dumps(owner | {"pid": 4_000_000}))
+    assert run_in(project, "cxr_nb", "report", "--profile", "tiny").returncode == 0 and not lock.exists()
