@@ -15,12 +15,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from PIL import Image
 from tqdm.auto import tqdm
 
 from .core import TABLE_COLUMNS
 from .datasets import apply_label_policy, hash_uniform
-from .images import load_radiograph
+from .images import load_radiograph, open_radiograph
 from .metrics import box_means, disjoint_halves, frechet_distance, psnr, rmse, score_differences
 from .metrics import score_intervals, ssim, ssim_map
 from .stable_diffusion import decode, draw_latents, encode, gray, to_bytes
@@ -113,7 +112,7 @@ def reconstruct_all(
         at = range(start, min(start + batch_size, len(paths)))
         originals = torch.from_numpy(np.stack([load_radiograph(paths[i], size) for i in at]))
         made = reconstruct(vae, originals, [seeds[i] for i in at]).cpu()
-        shapes = [Image.open(paths[i]).size for i in at]
+        shapes = [open_radiograph(paths[i]).size for i in at]
         own = [boxes_at(boxes.get(i, []), *shape, size) for i, shape in zip(at, shapes)]
         enlarged = pd.DataFrame({"enlarged": [min(shape) < size for shape in shapes]})
         parts = pair_measures(originals, made), text_measures(originals, made, own), enlarged

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from tqdm.contrib.concurrent import thread_map
 
 # %% ../nbs/02_images.ipynb #34742200
@@ -37,6 +37,22 @@ def _refusal(image):
     if image.mode not in _READ: return _INSTEAD.get(image.mode, f"has mode {image.mode}; save it as 8-bit grey")
     return ""
 
+# %% ../nbs/02_images.ipynb #048ca347
+_TURNED = {  # EXIF's Orientation -> what makes the stored image the shown one; 1 is as stored
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+# %% ../nbs/02_images.ipynb #d16056c0
+def _orientation(
+    image,  # an open file, its pixels loaded: a PNG may state it behind them
+):
+    "EXIF's Orientation, 1 to 8; 1 where none is stated or what is there cannot be read."
+    try: stated = image.getexif().get(ExifTags.Base.Orientation)
+    except Exception: return 1  # Pillow's parser raises whatever a malformed byte leads to
+    return stated if isinstance(stated, int) and stated in _TURNED else 1
+
 # %% ../nbs/02_images.ipynb #61f65d7e
 def _decoded(path):
     "An image with its pixels, or why it is refused."
@@ -46,13 +62,14 @@ def _decoded(path):
     with Image.open(path, formats=("PNG", "JPEG")) as image:
         hidden = image.has_transparency_data and image.convert("RGBA").getchannel("A").getextrema()[0] < 255
         if hidden: return None, "has transparent pixels; flatten it to 8-bit grey"
-        return image.convert(_READ[image.mode]), ""
+        pixels, orientation = image.convert(_READ[image.mode]), _orientation(image)
+        return pixels if orientation == 1 else pixels.transpose(_TURNED[orientation]), ""
 
 # %% ../nbs/02_images.ipynb #53219f0c
 def open_radiograph(
     path: Path,  # a PNG or JPEG file
-) -> Image.Image:  # mode "L" or "RGB", 8 bits per channel, pixels loaded
-    """Open an image file whole, or refuse it.
+) -> Image.Image:  # mode "L" or "RGB", 8 bits per channel, pixels loaded, upright
+    """Open an image file whole, as a viewer shows it, or refuse it.
 
     Raises FileNotFoundError, or ValueError for a file that is empty, truncated,
     no PNG or JPEG, too small, too large, not 8-bit grey or RGB, or transparent;

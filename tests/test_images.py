@@ -1,26 +1,30 @@
 "Files that are no radiograph are refused in one line; the others come back pixel for pixel."
+import io
 import struct
 import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
-from cxr_nb.images import image_problems, load_radiograph, open_radiograph
+from cxr_nb.images import exclusion_reason, image_problems, load_radiograph, open_radiograph
 
 RAMP = np.tile(np.linspace(20, 220, 64).round().astype(np.uint8), (64, 1))
 GREY = Image.fromarray(RAMP)
 
 
+def chunk(kind, data):
+    "A chunk of a PNG file, with its length and checksum."
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
 def header_of_a_large_png(width, height):
     "A PNG whose header claims a size and whose pixels never come."
-    def chunk(kind, data): return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)) + chunk(b"IDAT", zlib.compress(b"\0")) + chunk(b"IEND", b"")
 
 
 def rgb_of_16_bits(path):
     rows = b"".join(b"\0" + b"\x12\x34" * 3 * 64 for _ in range(64))
-    def chunk(kind, data): return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 64, 64, 16, 2, 0, 0, 0)) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""))
 
 
@@ -84,3 +88,95 @@ def test_problems_are_found_in_order_among_many(tmp_path):
         found = image_problems(paths, decode)
         assert [bool(problem) for problem in found] == [not i % 7 for i in range(300)]
         assert found[7] == f"{tmp_path}/none7.png: no such image file"
+
+
+# EXIF 2.32, Orientation: which side of the shown image the stored 0th row is, and which the stored 0th column
+SHOWN = {
+    1: lambda a: a,  # row 0 is the top, column 0 the left
+    2: lambda a: a[:, ::-1],  # top, right
+    3: lambda a: a[::-1, ::-1],  # bottom, right
+    4: lambda a: a[::-1],  # bottom, left
+    5: lambda a: a.swapaxes(0, 1),  # left, top
+    6: lambda a: a[::-1].swapaxes(0, 1),  # right, top
+    7: lambda a: a[::-1, ::-1].swapaxes(0, 1),  # right, bottom
+    8: lambda a: a[:, ::-1].swapaxes(0, 1),  # left, bottom
+}
+PATCHES = np.kron(np.arange(20, 220, 8, dtype=np.uint8)[:24].reshape(4, 6), np.ones((16, 16), np.uint8))  # blocks: JPEG keeps them
+
+
+def exif_of(orientation, order="<", kind=3):
+    "EXIF bytes with one entry, Orientation, as a 16-bit (kind 3) or a 32-bit (kind 4) number."
+    value = struct.pack(order + ("HH" if kind == 3 else "I"), *([orientation, 0] if kind == 3 else [orientation]))
+    head = (b"II" if order == "<" else b"MM") + struct.pack(order + "HI", 42, 8)
+    return head + struct.pack(order + "HHHI", 1, 0x0112, kind, 1) + value + struct.pack(order + "I", 0)
+
+
+def in_colour(pixels): return np.stack([pixels, 255 - pixels, pixels // 2], -1)
+
+
+def png_with(image, exif, behind):
+    "A PNG's bytes with an eXIf chunk before or behind its pixels: both are allowed."
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    content = file.getvalue()
+    at = content.index(b"IEND" if behind else b"IDAT") - 4
+    return content[:at] + chunk(b"eXIf", exif) + content[at:]
+
+
+@pytest.mark.parametrize("order", "<>")
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+@pytest.mark.parametrize("orientation", SHOWN)
+def test_an_image_is_read_as_a_viewer_shows_it(tmp_path, orientation, mode, order):
+    pixels, exif = PATCHES if mode == "L" else in_colour(PATCHES), exif_of(orientation, order)
+    stored = Image.fromarray(pixels)
+    for name in ("before.png", "behind.png"): (tmp_path / name).write_bytes(png_with(stored, exif, name[:6] == "behind"))
+    stored.save(tmp_path / "a.jpg", exif=b"Exif\0\0" + exif, quality=95, subsampling=0)
+    right = SHOWN[orientation](pixels)
+    for name, close in (("before.png", 0), ("behind.png", 0), ("a.jpg", 6)):
+        shown = open_radiograph(tmp_path / name)
+        assert (shown.mode, shown.size) == (mode, right.shape[1::-1])
+        np.testing.assert_allclose(np.asarray(shown, int), right, atol=close)
+    np.testing.assert_array_equal(load_radiograph(tmp_path / "before.png"), np.asarray(Image.fromarray(np.ascontiguousarray(right)).convert("L")))
+
+
+def test_proportions_are_those_of_the_shown_image(tmp_path):
+    noise = np.random.default_rng(0).integers(20, 220, (100, 160)).astype(np.uint8)
+    (tmp_path / "a.png").write_bytes(png_with(Image.fromarray(noise), exif_of(6), False))
+    assert exclusion_reason(open_radiograph(tmp_path / "a.png")) == "cropped: width to height is 0.62"
+    np.testing.assert_array_equal(load_radiograph(tmp_path / "a.png", 100), SHOWN[6](noise[:, 30:130]))
+
+
+@pytest.mark.parametrize("exif", [
+    b"", b"II", b"Exif\0\0", b"no exif at all", exif_of(6)[:-8], exif_of(0), exif_of(9), exif_of(65535), exif_of(6, kind=2), exif_of(6, kind=9999),
+    exif_of(6)[:4] + b"\xff\xff\xff\x7f" + exif_of(6)[8:], exif_of(6)[:8] + b"\xff\xff" + exif_of(6)[10:],
+])
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
+def test_malformed_exif_leaves_a_good_image_as_it_is_or_turns_it(tmp_path, exif):
+    (tmp_path / "a.png").write_bytes(png_with(Image.fromarray(PATCHES), exif, False))
+    Image.fromarray(PATCHES).save(tmp_path / "a.jpg", exif=b"Exif\0\0" + exif, quality=95)
+    for name in ("a.png", "a.jpg"):
+        shown = load_radiograph(tmp_path / name).astype(int)
+        assert any(shown.shape == SHOWN[n](PATCHES).shape and abs(shown - SHOWN[n](PATCHES)).max() < 6 for n in (1, 6))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
+def test_no_byte_of_exif_can_break_an_image(tmp_path):
+    "Every byte of a larger EXIF block changed in turn, in all that a JPEG and a PNG carry."
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010F], exif[0x011A], exif[0x0128] = 6, "maker", 72.0, 2
+    exif.get_ifd(0x8769)[0x9000] = b"0232"
+    good, rng = exif.tobytes(), np.random.default_rng(0)
+    for i in range(len(good)):
+        bad = bytearray(good)
+        bad[i] = rng.integers(256)
+        GREY.save(tmp_path / "a.jpg", exif=bytes(bad))
+        (tmp_path / "a.png").write_bytes(png_with(GREY, bytes(bad[6:]), i % 2))
+        assert image_problems([tmp_path / "a.jpg", tmp_path / "a.png"]) == ["", ""]
+
+
+def test_orientation_in_a_png_of_older_tools_is_honoured(tmp_path):
+    "ImageMagick's text chunk from before eXIf."
+    raw, info = (b"Exif\0\0" + exif_of(6)).hex(), PngImagePlugin.PngInfo()
+    info.add_text("Raw profile type exif", f"\nexif\n{len(raw) // 2:8}\n{raw}\n", zip=True)
+    Image.fromarray(PATCHES).save(tmp_path / "a.png", pnginfo=info)
+    np.testing.assert_array_equal(load_radiograph(tmp_path / "a.png"), SHOWN[6](PATCHES))
