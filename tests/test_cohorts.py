@@ -12,6 +12,7 @@ import pandas as pd
 import pyarrow
 import pyarrow.csv
 import pytest
+import torch
 import torchxrayvision as xrv
 import trees
 from conftest import ROOT
@@ -205,8 +206,77 @@ def test_images_through_torchxrayvisions_contract(cohorts, base):
     for i in range(len(mixed)):
         pixels = np.asarray(Image.open(roots[mixed.source[i]] / mixed.image_path[i]))
         np.testing.assert_allclose(dataset[i]["img"], xrv.datasets.normalize(pixels, 255, reshape=True), atol=1e-3)
-    xrv.datasets.relabel_dataset(["Pneumonia", "Pleural Effusion", "Hernia"], dataset, silent=True)
+    xrv.datasets.relabel_dataset(["Pneumonia", "Effusion", "Hernia"], dataset, silent=True)
     assert dataset.labels.shape == (15, 3) and np.isnan(dataset.labels[:, 2]).all()
+
+
+def one_label_each(folder):
+    "A data set of 14 images, the first with the first label alone positive, the second with the second, and so on."
+    table = pd.DataFrame(np.eye(14, dtype=int), columns=CHEXPERT_LABELS).assign(patient_id=range(14), view=["PA", "AP"] * 7)
+    table["image"] = [f"{i:02}.png" for i in range(14)]
+    for i in range(14): trees.picture(folder / f"{i:02}.png", i)
+    table.to_csv(folder / "t.csv", index=False)
+    return CohortImages(read_folder(folder, "Mine"), {"Mine": folder}, size=32)
+
+
+def test_no_label_that_torchxrayvision_has_is_lost_in_its_names(tmp_path):
+    dataset = one_label_each(tmp_path)
+    xrv.datasets.relabel_dataset(xrv.datasets.default_pathologies, dataset, silent=True)
+    kept = {name: np.flatnonzero(column == 1).tolist() for name, column in zip(dataset.pathologies, dataset.labels.T)}
+    right = {name: [i] for i, name in enumerate(CHEXPERT_LABELS) if name in xrv.datasets.default_pathologies}
+    right |= {"Effusion": [CHEXPERT_LABELS.index("Pleural Effusion")], "Pleural_Thickening": [CHEXPERT_LABELS.index("Pleural Other")]}
+    assert len(right) == 12 and kept == {name: right.get(name, []) for name in xrv.datasets.default_pathologies}
+    assert dataset.totals() == {name: {0.0: 13, 1.0: 1} if name in right else {} for name in xrv.datasets.default_pathologies}
+
+
+def test_labels_are_those_of_torchxrayvisions_own_reader(cohorts, base):
+    folder = base / "chexpert/CheXpert-v1.0-small"
+    theirs = xrv.datasets.CheX_Dataset(str(folder), str(folder / "train.csv"), views=["*"], unique_patients=False)
+    ours = CohortImages(cohorts["chexpert"].query("official_split == 'train'"), {"CheXpert": base / "chexpert"}, size=None)
+    for dataset in (theirs, ours): xrv.datasets.relabel_dataset(xrv.datasets.default_pathologies, dataset, silent=True)
+    ids = theirs.csv.Path.str.split("/").str[2:].str.join("_").str.removesuffix(".jpg")
+    at = ours.csv.reset_index().set_index("image_id")["index"][ids].to_numpy()
+    drawn = [p for p in xrv.datasets.default_pathologies if p != "Pleural_Thickening"]  # which its reader leaves out
+    # it makes every finding of a normal image negative; ours keeps what the table says
+    rows = (ours.csv["No Finding"].iloc[at] != 1).to_numpy()
+    columns = [theirs.pathologies.index(p) for p in drawn]
+    np.testing.assert_array_equal(ours.labels[at][rows][:, columns], theirs.labels[rows][:, columns])
+    assert (ours.labels[:, ours.pathologies.index("Effusion")] == 1).sum() > 10
+    merged = xrv.datasets.MergeDataset([ours, theirs])
+    assert merged.totals()["Effusion"][1.0] == ours.totals()["Effusion"][1.0] + theirs.totals()["Effusion"][1.0]
+    both = merged[int(at[0])], merged[len(ours)]
+    assert [item["source"] for item in both] == [0, 1]
+    np.testing.assert_allclose(both[0]["img"], both[1]["img"], atol=1e-3)
+
+
+def test_torchxrayvisions_tools_take_a_cohort(tmp_path):
+    dataset, others = one_label_each(tmp_path), one_label_each(tmp_path)
+    at = CHEXPERT_LABELS.index("Edema")
+    assert str(dataset) == "CohortImages num_samples=14 views=['*'] data_aug=None"
+    filtered, subset = xrv.datasets.FilterDataset(dataset, ["Edema"]), xrv.datasets.SubsetDataset(dataset, [5, at])
+    assert filtered.csv.image_id.tolist() == [f"{at:02}"] and filtered.totals()["Edema"] == {1.0: 1}
+    assert filtered[0]["lab"].tolist() == subset[1]["lab"].tolist() == np.eye(14)[at].tolist()
+    assert "CohortImages num_samples=14" in str(subset) and subset.totals()["Edema"] == {0.0: 1, 1.0: 1}
+    target = np.arange(14) % 2
+    shifted = xrv.datasets.CovariateDataset(dataset, target, others, target, ratio=0.5)
+    assert len(shifted) > 0 and shifted[0]["img"].shape == (1, 32, 32)
+    batch = next(iter(torch.utils.data.DataLoader(dataset, batch_size=14)))
+    assert batch["img"].shape == (14, 1, 32, 32) and (batch["lab"].numpy() == np.eye(14)).all()
+    dataset.check_paths_exist()
+    (tmp_path / "05.png").unlink()
+    with pytest.raises(FileNotFoundError, match="cohort row 5: .*05.png: no such image file"): dataset.check_paths_exist()
+
+
+def test_views_and_transforms_as_in_torchxrayvision(tmp_path):
+    dataset = one_label_each(tmp_path)
+    dataset.transform = lambda image: image[:, ::2, ::2]
+    dataset.data_aug = lambda image: image + 1
+    plain = one_label_each(tmp_path)
+    np.testing.assert_array_equal(dataset[4]["img"], plain[4]["img"][:, ::2, ::2] + 1)
+    dataset.limit_to_selected_views("AP")
+    assert len(dataset) == 7 and dataset.csv.image_id.tolist() == [f"{i:02}" for i in range(1, 14, 2)]
+    assert (dataset.labels == np.eye(14)[1::2]).all() and str(dataset).startswith("CohortImages num_samples=7 views=['AP']")
+    np.testing.assert_array_equal(dataset[2]["img"], plain[5]["img"][:, ::2, ::2] + 1)
 
 
 def test_few_shot_images_are_sole_findings_of_training_patients(cohorts, base):
