@@ -23,6 +23,8 @@ from cxr_nb.datasets import (
     CHEXPERT_LABELS, COHORT_COLUMNS, SPLITS, CohortImages, few_shot_candidates, image_paths, impression_section, openi_cohort, read_chexpert, read_cohort,
     read_few_shot_choice, read_folder, read_mimic_cxr, read_nih, read_openi, report_texts, sample_captions, sample_frontal, with_splits,
 )
+from cxr_nb.images import inverted_images
+from cxr_nb.phantoms import write_phantoms
 
 SHAPES = ["CheXpert-v1.0-small", "CheXpert-v1.0", "batches"]
 XRV_NAMES = {"Effusion": "Pleural Effusion"}
@@ -648,6 +650,42 @@ def test_a_broken_image_stops_the_run_before_anything_is_written(project, run_in
     assert "ValueError: Mine: 1 of 18 images cannot be used; row 0 of the sample: " in done.stderr and "001.png: is broken or truncated" in done.stderr
     out = project / "outputs/smoke"
     assert [p.name for p in (out / "cohorts").iterdir()] == ["mine_problems.csv"] and not (out / "records").exists()
+
+
+def inverted_copy(folder):
+    "A plain data set of phantoms whose first three frontal images are stored as negatives; their ids."
+    table = write_phantoms(folder, 12, seed=3)
+    names = table[table["view"] != "lateral"].image.iloc[:3]
+    for name in names: Image.fromarray(255 - np.asarray(Image.open(folder / "images" / name).convert("L"))).save(folder / "images" / name)
+    return set(names.str.removesuffix(".png"))
+
+
+def test_inverted_images_are_refused_or_read_by_choice(project, run_in, tmp_path):
+    ids, place = inverted_copy(tmp_path / "turned"), tmp_path / "turned"
+    n = (read_folder(place, "Mine")["view"] != "lateral").sum()
+    given = ["-p", "folders", f"[Mine={place}]", "-p", "text_sources", "[Open-i]", "-p", "sample_size", n, "-p", "few_shot_source", "", "-p", "few_shot_choice", ""]
+    done = run_in(project, "cxr_nb", "run", "21_datasets", "--profile", "smoke", *given)
+    out = project / "outputs/smoke"
+    assert done.returncode == 1 and f"ValueError: Mine: 3 of {n} images look inverted" in done.stderr and "Traceback" not in done.stderr
+    assert (out / "figures/cohort_inverted_mine.webp").is_file() and not (out / "cohorts/mine_sample.csv").exists()
+    done = run_in(project, "cxr_nb", "run", "21_datasets", "--profile", "smoke", "-p", "inverted", "invert", *given)
+    assert done.returncode == 0, done.stderr[-3000:]
+    sample = read_cohort(out / "cohorts/mine_sample.csv")
+    assert set(sample.image_id[sample.inverted == "invert"]) == ids and set(sample.inverted) == {"invert", ""}
+    assert not any(inverted_images(image_paths(sample, {"Mine": place})))
+    record = json.loads((out / "records/21_datasets.json").read_text())
+    assert record["results"]["cohorts"]["Mine"]["inverted"] == 3
+    shutil.rmtree(out)
+
+
+def test_negatives_are_not_proposed_as_few_shot_images(tmp_path):
+    ids, place = inverted_copy(tmp_path), tmp_path
+    cohort = read_folder(place, "Mine").assign(split="train", **{label: np.nan for label in CHEXPERT_LABELS})
+    cohort["No Finding"], cohort["Pleural Effusion"] = (np.where(cohort.index % 2 == odd, 1, np.nan) for odd in (0, 1))
+    rows = few_shot_candidates(cohort.assign(other_findings="", patient_id=cohort.image_id), {"Mine": place}, 2)
+    turned = rows.image_id.isin(ids)
+    assert turned.any() and (rows.excluded.str.startswith("inverted") | rows.excluded.str.startswith("c"))[turned].all() and not rows.chosen[turned].any()
+    assert not rows.excluded[~turned].str.startswith("inverted").any()
 
 
 def test_patients_under_an_agreement_stay_out_of_what_git_tracks(project, run_in, tmp_path):

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
-from cxr_nb.images import exclusion_reason, image_problems, load_radiograph, open_radiograph
+from cxr_nb.images import NEGATIVE, exclusion_reason, image_problems, inverted_images, load_radiograph, open_radiograph, polarity
+from cxr_nb.phantoms import write_phantoms
 
 RAMP = np.tile(np.linspace(20, 220, 64).round().astype(np.uint8), (64, 1))
 GREY = Image.fromarray(RAMP)
@@ -180,3 +181,40 @@ def test_orientation_in_a_png_of_older_tools_is_honoured(tmp_path):
     info.add_text("Raw profile type exif", f"\nexif\n{len(raw) // 2:8}\n{raw}\n", zip=True)
     Image.fromarray(PATCHES).save(tmp_path / "a.png", pnginfo=info)
     np.testing.assert_array_equal(load_radiograph(tmp_path / "a.png"), SHOWN[6](PATCHES))
+
+
+# ---- negatives
+
+@pytest.fixture(scope="module")
+def phantoms(tmp_path_factory):
+    "Phantoms of ten patients, in both views, with all that is drawn into them."
+    folder = tmp_path_factory.mktemp("phantoms")
+    write_phantoms(folder, 10, seed=5)
+    return sorted((folder / "images").glob("*.png"))
+
+
+def test_no_phantom_looks_inverted_and_every_negative_does(phantoms, tmp_path):
+    assert len(phantoms) >= 10 and not any(inverted_images(phantoms))
+    for path in phantoms: Image.fromarray(255 - np.asarray(Image.open(path).convert("L"))).save(tmp_path / path.name)
+    assert all(inverted_images([tmp_path / path.name for path in phantoms]))
+    assert not any(inverted_images([f"{tmp_path / path.name}{NEGATIVE}" for path in phantoms]))
+    assert exclusion_reason(open_radiograph(tmp_path / phantoms[0].name)).startswith(("inverted: polarity -0.", "cropped", "colourised"))
+
+
+@pytest.mark.parametrize("change", [
+    lambda a: (a * 0.4 + 90).astype(np.uint8), lambda a: (255 * (a / 255) ** 2).astype(np.uint8), lambda a: a[:, ::-1], lambda a: np.kron(a, np.ones((3, 3), np.uint8)),
+    lambda a: np.pad(a, ((0, 0), (20, 20))), lambda a: np.pad(a, 12, constant_values=255), lambda a: (a * np.linspace(0.4, 1, len(a))[:, None]).astype(np.uint8),
+])
+def test_exposure_frames_and_size_do_not_turn_a_radiograph_over(phantoms, change):
+    for path in phantoms[:6]: assert polarity(np.ascontiguousarray(change(load_radiograph(path)))) > 0
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+def test_the_negative_of_a_file_is_read_by_its_name(tmp_path, mode):
+    pixels = PATCHES if mode == "L" else in_colour(PATCHES)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    (tmp_path / "turned.png").write_bytes(png_with(Image.fromarray(pixels), exif_of(6), False))
+    np.testing.assert_array_equal(np.asarray(open_radiograph(tmp_path / "a.png#negative")), 255 - pixels)
+    np.testing.assert_array_equal(np.asarray(open_radiograph(f"{tmp_path}/turned.png#negative")), 255 - SHOWN[6](pixels))
+    assert image_problems([tmp_path / "a.png#negative", tmp_path / "b.png#negative"]) == ["", f"{tmp_path}/b.png: no such image file"]
+    assert image_problems([tmp_path / "a.png#negative", tmp_path / "b.png#negative"], decode=False)[0] == ""
