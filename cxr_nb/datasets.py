@@ -37,7 +37,8 @@ from fastcore.basics import patch
 from tqdm.auto import tqdm
 
 from .core import find_path, slug
-from .images import NEGATIVE, exclusion_reason, image_problems, inverted_images, load_radiograph, open_radiograph
+from .images import DICOM, NEGATIVE, exclusion_reason, first_dicom, image_problems, inverted_images, load_radiograph
+from .images import open_radiograph
 
 # %% ../nbs/21_datasets.ipynb #abe583ec
 CHEXPERT_LABELS = [
@@ -169,12 +170,21 @@ def _rows(path):
     opened = gzip.open if path.suffix == ".gz" else open
     with _table_errors(path), opened(path, "rb") as file: return file.read().splitlines()
 
+# %% ../nbs/21_datasets.ipynb #f352e3da
+_DICOM_RELEASES = {  # source -> where its images are to be had converted
+    "MIMIC-CXR": "is a DICOM file of MIMIC-CXR; MIMIC-CXR-JPG is that release converted to 8-bit JPEG, with its tables: take it",
+    "Open-i": "is a DICOM file; the collection is to be had as PNG, too: take NLMCXR_png.tgz",
+}
+
 # %% ../nbs/21_datasets.ipynb #7d17618a
 def _not_the_data_set(source, root, looked_for):
+    "The error that names what a folder is, what was looked for in it, and what to do where it holds DICOM files."
     there = (
         "it is another folder" if Path(root).is_dir() else "it is a file" if Path(root).exists() else "it is not there"
     )
-    return FileNotFoundError(f"{source}: {root} is not the data set ({there}); looked for {looked_for}")
+    line = f"{source}: {root} is not the data set ({there}); looked for {looked_for}"
+    if dicom := first_dicom(root): line += f"; {dicom.relative_to(root)} {_DICOM_RELEASES.get(source, DICOM)}"
+    return FileNotFoundError(line)
 
 # %% ../nbs/21_datasets.ipynb #5a6f7377
 _CHEXPERT_PATH = r"^[^/]+/(?P<split>train|valid)/(?P<patient>patient\d+)/(?P<study>study\d+)/(?P<view>view\d+_(?:frontal|lateral))\.\w+$"
@@ -300,9 +310,12 @@ def read_mimic_cxr(
     patient, study = "p" + images.subject_id, "s" + images.study_id
     folder = "files/" + patient.str[:3] + "/" + patient + "/" + study
     if reports is not None: _mimic_reports(reports)
+    places = folder + "/" + images.dicom_id + ".jpg"
+    first = root / places.iloc[0]
+    if not first.is_file() and first.with_suffix(".dcm").is_file(): raise _not_the_data_set("MIMIC-CXR", root, first.name)
     return _as_cohort(labels[CHEXPERT_LABELS].iloc[at].reset_index(drop=True).assign(
         study_id=study, image_id=images.dicom_id, patient_id=patient, view=_plain_view(images.ViewPosition),
-        official_split=_official_split(root, images.dicom_id), image_path=folder + "/" + images.dicom_id + ".jpg",
+        official_split=_official_split(root, images.dicom_id), image_path=places,
         report_path="" if reports is None else folder + ".txt",
     ), "MIMIC-CXR")
 

@@ -572,6 +572,45 @@ def test_memory_for_captions_does_not_grow_with_the_parts(tmp_path):
     assert many - few < 150, "2 million captions are 100 MB of text, and more as strings"
 
 
+def dicom(path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(bytes(128) + b"DICM" + bytes(200))
+
+
+def only_dicom(folder):
+    for i in range(3): dicom(folder / f"study{i}/IM{i:04}")
+
+
+def mimic_of_dicom(folder, tables):
+    "MIMIC-CXR as it was before its conversion, with the converted release's tables beside it or not."
+    root = trees.mimic(folder)
+    for path in root.rglob("*.jpg"): dicom(path.with_suffix(".dcm")); path.unlink()
+    if not tables:
+        for path in root.glob("*.csv.gz"): path.unlink()
+    return root
+
+
+@pytest.mark.parametrize("make, read, message", [
+    (only_dicom, lambda root: read_folder(root, "Mine"), "looked for a CSV file in it; study0/IM0000 is a DICOM file, which is not read; convert it to 8-bit PNG"),
+    (only_dicom, read_nih, "looked for PNG or JPEG images in it or up to three levels below; study0/IM0000 is a DICOM file, which is not read"),
+    (only_dicom, lambda root: openi_cohort(read_openi(), root), "study0/IM0000 is a DICOM file; the collection is to be had as PNG"),
+    (only_dicom, read_chexpert, "study0/IM0000 is a DICOM file, which is not read; convert"),
+    (lambda folder: mimic_of_dicom(folder, False), read_mimic_cxr, r"files/p10/.*\.dcm is a DICOM file of MIMIC-CXR; MIMIC-CXR-JPG is that release converted"),
+    (lambda folder: mimic_of_dicom(folder, True), read_mimic_cxr, r"files/p10/.*\.dcm is a DICOM file of MIMIC-CXR; MIMIC-CXR-JPG is that release converted"),
+])
+def test_dicom_where_images_are_expected_says_how_to_convert_it(tmp_path, make, read, message):
+    make(tmp_path)
+    with pytest.raises(FileNotFoundError, match=message) as caught: quietly(read, tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_dicom_file_in_a_table_is_a_row_that_cannot_be_used(tmp_path):
+    dicom(tmp_path / "a.dcm")
+    (tmp_path / "t.csv").write_text("image,patient_id,view,Edema\na.dcm,p1,PA,1\n")
+    cohort = read_folder(tmp_path, "Mine")
+    with pytest.raises(ValueError, match="cohort row 0: .*a.dcm: is a DICOM file, which is not read; convert it"): CohortImages(cohort, {"Mine": tmp_path})[0]
+
+
 # ---- the notebook
 
 @pytest.fixture(scope="module")
@@ -595,7 +634,7 @@ def project(tmp_path_factory, copy_project, base, edited_choice):
                        "folders": "[Mine=data/mine]", "laion_400m": "data/laion", "sample_size": 8, "few_shot_source": "CheXpert", "few_shot": 2, "few_shot_choice": "mine.csv", "check_files": "true"}.items():
         old = next(line for line in profile.splitlines() if line.startswith(f"  {key}: "))
         profile = profile.replace(old, f"  {key}: {value}")
-    (copy / "nbs/profiles/all.yaml").write_text(profile)
+    (copy / "nbs/profiles/all.yaml").write_text(profile.replace("sources: [Phantoms]", "sources: [CheXpert]").replace(" source: Phantoms", " source: CheXpert"))
     return copy
 
 

@@ -2,12 +2,15 @@
 import io
 import struct
 import zlib
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
-from cxr_nb.images import NEGATIVE, exclusion_reason, image_problems, inverted_images, load_radiograph, open_radiograph, polarity
+from cxr_nb.images import (
+    DICOM, NEGATIVE, exclusion_reason, first_dicom, image_problems, inverted_images, is_dicom, load_radiograph, open_radiograph, polarity,
+)
 from cxr_nb.phantoms import write_phantoms
 
 RAMP = np.tile(np.linspace(20, 220, 64).round().astype(np.uint8), (64, 1))
@@ -218,3 +221,47 @@ def test_the_negative_of_a_file_is_read_by_its_name(tmp_path, mode):
     np.testing.assert_array_equal(np.asarray(open_radiograph(f"{tmp_path}/turned.png#negative")), 255 - SHOWN[6](pixels))
     assert image_problems([tmp_path / "a.png#negative", tmp_path / "b.png#negative"]) == ["", f"{tmp_path}/b.png: no such image file"]
     assert image_problems([tmp_path / "a.png#negative", tmp_path / "b.png#negative"], decode=False)[0] == ""
+
+
+# ---- DICOM
+
+def dicom(preamble=True):
+    "The head of a DICOM file, with or without the part that came with the standard of 1993, and pixels to come."
+    meta = b"\x02\0\0\0UL\x04\0\xb0\0\0\0" if preamble else b"\x08\0\x05\0\x0a\0\0\0ISO_IR 100"
+    return (bytes(128) + b"DICM" if preamble else b"") + meta + b"\x08\0\x60\0CS\x02\0DX" + bytes(500)
+
+
+@pytest.mark.parametrize("preamble", [True, False])
+@pytest.mark.parametrize("name", ["a.dcm", "a.DCM", "a.png", "a.jpg", "IM0001", "a.dicom"])
+def test_dicom_is_known_whatever_its_name_and_the_line_says_how_to_convert_it(tmp_path, name, preamble):
+    (tmp_path / name).write_bytes(dicom(preamble))
+    with pytest.raises(ValueError, match=f"{name}: is a DICOM file, which is not read; convert it to 8-bit PNG") as caught: open_radiograph(tmp_path / name)
+    assert "\n" not in str(caught.value) and image_problems([tmp_path / name]) == [str(caught.value)]
+    assert first_dicom(tmp_path) == tmp_path / name
+
+
+def test_a_packed_dicom_and_one_in_the_place_of_an_image_are_named(tmp_path):
+    (tmp_path / "a.dcm.gz").write_bytes(b"\x1f\x8b" + bytes(50))
+    (tmp_path / "b.dcm").write_bytes(dicom())
+    with pytest.raises(ValueError, match="a.dcm.gz: is a DICOM file"): open_radiograph(tmp_path / "a.dcm.gz")
+    for decode in (True, False): assert "b.jpg: no such image file; b.dcm beside it is a DICOM file, which is not read; convert" in image_problems([tmp_path / "b.jpg"], decode)[0]
+    assert image_problems([tmp_path / "c.jpg"], False) == [f"{tmp_path}/c.jpg: no such image file"]
+
+
+@pytest.mark.parametrize("content", [b"", b"\x08", b"\x08\0 \x08", GREY.tobytes(), b"DICM" * 10])
+def test_what_is_no_dicom_is_not_called_one(tmp_path, content):
+    (tmp_path / "a.png").write_bytes(content)
+    assert not is_dicom(tmp_path / "a.png") and not is_dicom(tmp_path / "none") and not is_dicom(tmp_path) and first_dicom(tmp_path) is None
+
+
+@pytest.mark.parametrize("kind", ["MONOCHROME1", "MONOCHROME2"])
+def test_the_code_that_the_line_gives_windows_and_turns_over(kind):
+    "Run as it stands, with a window from 1000 to 3000 in place of pydicom's."
+    shown = []
+    ds = SimpleNamespace(pixel_array=np.array([[0, 1000, 2000, 3000, 4095]], np.uint16), PhotometricInterpretation=kind)
+    names = {"np": np, "ds": ds, "apply_modality_lut": lambda a, ds: a, "apply_voi_lut": lambda a, ds: a.clip(1000, 3000) - 1000}
+    names["Image"] = SimpleNamespace(fromarray=lambda a: SimpleNamespace(save=lambda name: shown.append((a, name))))
+    exec(DICOM.partition("pydicom: ")[2], names)
+    (pixels, name), right = shown[0], np.array([[0, 0, 127, 255, 255]])
+    assert name == "x.png" and pixels.dtype == np.uint8
+    np.testing.assert_array_equal(pixels, right if kind == "MONOCHROME2" else 255 - right - (right == 127))
