@@ -1,12 +1,13 @@
 "Open-i reports, impressions, labels and the evaluation set: what is read, and what is refused."
 import io
+import re
 import tarfile
 
 import numpy as np
 import pandas as pd
 import pytest
 
-from cxr_nb.datasets import CHEXPERT_LABELS, COHORT_COLUMNS, impression_section, label_agreement, openi_archive, openi_cohort, read_cohort, read_folder, read_openi, report_texts, single_label, text_evaluation_set
+from cxr_nb.datasets import _LISTED, CHEXPERT_LABELS, COHORT_COLUMNS, impression_section, label_agreement, openi_archive, openi_cohort, read_cohort, read_folder, read_openi, report_texts, single_label, text_evaluation_set
 
 REPORT = """<eCitation><uId id="{uid}"/><AbstractText Label="FINDINGS">{findings}</AbstractText>
 <AbstractText Label="IMPRESSION">{impression}</AbstractText><MeSH>{mesh}</MeSH></eCitation>"""
@@ -100,6 +101,89 @@ MIMIC = """                                 FINAL REPORT
 ])
 def test_impression_section(text, expected):
     assert impression_section(text) == expected
+
+
+MISSPELT = "IMPRESSON IMPRRESSION IMOPRESSION IMPRSSION IMPERSSION IMPRESSOIN IMPRESION MPRESSION IMPESSION IMRPESSION IMPRESSIOM IMPRESSIIONS"
+PLACES = ["FINDINGS: x.\n{}: Edema.", "x\n {}:\n\n Edema.\n", "x\n**{}:** Edema.", "FINDINGS AND {}: Edema.", "FINDINGS: x. {}: Edema.", "x\n{}\nEdema.", "{} Edema.", "Clear. {} Edema."]
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_slip_in_the_heading_is_seen_in_every_place(place):
+    for word in ["IMPRESSION", *MISSPELT.split()]: assert impression_section(place.format(word)) == "Edema.", word
+    for word in ["Impresson", "Imperssion"]: assert impression_section(f"x\n{word}: Edema.") == impression_section(f"x. {word}: Edema.") == "Edema."
+
+
+def test_words_near_a_heading_are_none():
+    for word in ("COMPRESSION", "DEPRESSION", "EXPRESSION", "PROGRESSION"): assert impression_section(f"x\n{word}: Edema.") is None
+    for word in ("CONTUSION", "CONCUSSION", "OCCLUSION"): assert impression_section(f"IMPRESSION: Edema.\n{word}: none.") == f"Edema. {word}: none."
+
+
+@pytest.mark.parametrize("heading", "FINDING FINDINS FINDINDGS FINDGINGS FINDNGS FINDNINGS FINIDNGS FIDINGS IDICATION NDICATION COMPARISION COMPARSION COMPARRISON "
+                         "COMPARISIONS RECCOMENDATION RECOMENDATIONS TECHNQUE CONLCUSION HISTROY NOTIFCATION WETREAD DATE".split() + ["CLINCAL HISTORY", "REFERENCE EXAM", "COMPARISON FILM"])
+def test_a_slip_in_the_next_heading_ends_the_impression(heading):
+    assert impression_section(f"IMPRESSION: Edema.\n\n {heading}: Clear lungs.") == "Edema."
+
+
+SIGNED_OFF = [
+    "DICTATED BY: DR. A", "Dictated by Dr. A. Jones on 1/2/2003", "Dictated and signed by: A", "Signed", "Signed: Jane Doe, MD", "SIGNED BY: ___", "Signed 1/2/2003", "Transcribed by: AB",
+    "Electronically signed by: Jane Doe, MD 01/02/2003 10:15", "ELECTRONICALLY SIGNED BY JANE DOE", "Transcribed: 1/2/2003", "Reviewed by: Jane Doe", "Reviewed by Dr. ___", "Reviewed by Jane Doe, MD",
+    "Reviewed and electronically signed by Jane Doe", "D: 01/02/2003 T: 01/02/2003", "D:  ___  T: ___", "Interpreted by Attending Radiologist John Smith", "Attending Radiologist: J. Doe", "Job #: 123",
+    "Physician to Physician Radiology Consult Line: (650) 555-0100", '"Physician to Physician Radiology Consult Line: (___) ___-____"', "SUMMARY: 2 - ABNORMAL, PREVIOUSLY REPORTED", "END OF IMPRESSION",
+    "I have personally reviewed the images for this examination and agree with the report transcribed above.",
+]
+NOTIFIED = [
+    "The findings were discussed with Dr. ___ by telephone at 10:15 AM on ___.", "These results were telephoned to Dr. ___ by Dr. ___ at 9:30am on ___, 5 minutes after discovery.", "D/w Dr. Smith at 5 pm",
+    "Dr. ___ was paged with these findings at 3:45 p.m.", "The above findings were communicated via telephone by Dr. ___ to Dr. ___ at 14:05 on ___", "DISCUSSED WITH DR. SMITH BY PHONE AT 0930 HOURS.",
+    "Findings were conveyed to Dr. ___ in person at the time of discovery.", "An email was sent to Dr. ___ on ___.", "Results were entered into the critical results dashboard by Dr. ___ at 3:00 PM.",
+    "Findings discussed with\n Dr. ___ by\n phone.", "The referring physician has been notified.", "Wet read called to the ED by Dr. ___ at 3 am.", "Results discussed with John Smith, PA, by phone.",
+    "If there are any questions regarding this interpretation, please call ___.", "Critical result notification documented through Primordial.", "Findings were reported to the nurse practitioner, ___, at 7:45 p.m.",
+]
+
+
+@pytest.mark.parametrize("closing", [*SIGNED_OFF, *NOTIFIED])
+@pytest.mark.parametrize("before", ["\n", "\n\n", "\n 2. ", " "])
+def test_who_signed_and_who_was_told_is_no_impression(closing, before):
+    if before == "\n 2. " and closing in SIGNED_OFF: before = "\n   "
+    if before == " " and closing.startswith("Transcribed:"): before = "\n"
+    assert impression_section(f"IMPRESSION:\n 1. Small left effusion.{before}{closing}") == "1. Small left effusion."
+
+
+@pytest.mark.parametrize("closing", NOTIFIED)
+def test_findings_around_a_notification_stay(closing):
+    assert impression_section(f"IMPRESSION:\n 1. Edema.\n 2. {closing}\n 3. New effusion.\n") == "1. Edema. 3. New effusion."
+    assert impression_section(f"IMPRESSION: {closing}") is None
+
+
+@pytest.mark.parametrize("text", [
+    "Signed out as pneumonia.", "PICC tip at the cavoatrial junction discussed previously.", "New pneumothorax was discussed with Dr. Smith by phone.", "Dr. Smith was notified of the pneumothorax.",
+    "Reviewed by comparison with CT, the nodule is stable.", "Opacity reported previously.", "T12 compression fracture.", "T: tube in place.", "D: dilated loops.", "Findings worrisome for edema as discussed above.",
+    "The tube was advanced after discussion with Dr. Smith.", "Recommend discussion with Dr. Smith regarding biopsy.", "Interpreted as edema.", "Read as normal before.", "Left effusion reported by Dr. Smith.",
+    "The line was called to the attention of Dr. Smith.", "Not discussed with Dr. Smith.", "Signed difference between both lungs.", "Findings with Dr. Smith: effusion, discussed by phone, is new.",
+])
+def test_clinical_text_stays(text):
+    assert impression_section(f"IMPRESSION: Edema.\n{text}\n") == f"Edema. {text}"
+
+
+def test_a_clause_about_a_notification_goes_and_its_finding_stays():
+    for clause in (", discussed with Dr. ___ by phone", " (discussed with Dr. ___ at 10:00)", " - Dr. ___ was notified", ", which was communicated to Dr. ___ at 9:15 a.m"):
+        assert impression_section(f"IMPRESSION: Right pneumonia{clause}.") == "Right pneumonia."
+
+
+def test_every_word_that_may_be_cut_is_free_of_findings():
+    "Against the words of real reports' codes: no MeSH finding, no label, no device is on the lists."
+    clinical = {word for terms in read_openi().mesh for term in terms for word in re.findall(r"[a-z]+", term.lower())} | {w for x in CHEXPERT_LABELS for w in x.lower().split()}
+    assert _LISTED & clinical <= {"and", "in", "of", "with", "image", "medical", "no", "other", "quality", "finding", "nurse", "nos"} and not _LISTED & {"no", "not", "left", "right", "line", "tube", "new", "stable"}
+
+
+@pytest.mark.parametrize("hidden", [*map(chr, range(0x200B, 0x2010)), "\ufeff", "\u2060", "\u00ad", "\x00", "\x07", "\x7f", "\x9f", "\u202e", "\u2066", "\u3164", "\U000e0041"])
+def test_characters_that_show_nothing_are_no_impression_and_split_no_word(hidden):
+    assert impression_section(f"IMPRESSION: {hidden}{hidden} ") is None
+    assert impression_section(f"IMP{hidden}RESSION:{hidden} Small ef{hidden}fusion.{hidden}\nNew.") == "Small effusion. New."
+
+
+def test_combining_marks_alone_are_no_impression_and_letters_keep_theirs():
+    assert impression_section("IMPRESSION: \u0301\u0302") is None
+    assert impression_section("IMPRESSION: M\u00e9ni\u0300sque.") == "M\u00e9ni\u0300sque."
 
 
 def cohort(labels, texts):
