@@ -21,7 +21,7 @@ from PIL import Image
 from cxr_nb import core
 from cxr_nb.datasets import (
     CHEXPERT_LABELS, COHORT_COLUMNS, SPLITS, CohortImages, few_shot_candidates, image_paths, impression_section, openi_cohort, read_chexpert, read_cohort,
-    read_few_shot_choice, read_folder, read_mimic_cxr, read_nih, read_openi, report_texts, sample_captions, sample_frontal, with_splits,
+    read_few_shot_choice, read_folder, read_mimic_cxr, read_nih, read_openi, read_reference_labels, report_texts, sample_captions, sample_frontal, with_splits,
 )
 from cxr_nb.images import inverted_images
 from cxr_nb.phantoms import write_phantoms
@@ -503,7 +503,7 @@ BAD_PLAIN = {
     "blank image": (lambda p: replaced(p, "001.png", ""), "row 3: image is blank"),
     "two images of one name": (lambda p: replaced(p, "001.png", "000.jpg"), "row 3 repeats row 2 .image_id 000. with another image"),
     "two kinds of labels": (lambda p: replaced(p, ",age", ",Edema"), "has finding_labels and column 'Edema'; keep one kind"),
-    "semicolons": (lambda p: p.write_text(p.read_text().replace("finding_labels", "Edema").replace(",", ";")), "separate columns by commas|no labels"),
+    "semicolons": (lambda p: p.write_text(p.read_text().replace("finding_labels", "Edema").replace(",", ";")), "labels.csv: its columns are separated by semicolons; separate columns by commas"),
     "two tables": (lambda p: p.with_name("b.csv").write_text("image"), "holds 2 CSV files, b.csv and labels.csv among them"),
 }
 
@@ -514,6 +514,60 @@ def test_bad_plain_folders_are_refused_in_one_line(tmp_path, case):
     spoil(trees.plain(tmp_path) / "labels.csv")
     with pytest.raises(ValueError, match=message) as caught: read_folder(tmp_path, "Mine")
     assert "\n" not in str(caught.value)
+
+
+def all_tables(base):
+    "Every kind of CSV a person can give: its name, the file, and what reads it."
+    cohort = with_splits(read_folder(trees.plain(base / "plain"), "Mine"))
+    mimic, nih = trees.mimic(base / "mimic", packed=False), trees.nih(base / "nih")
+    cohort.to_csv(base / "cohort.csv", index=False)
+    (base / "choice.csv").write_text("concept,image_id,chosen\nno finding,000,1\n")
+    (base / "plus.csv").write_text("path_to_image,report\ntrain/patient00001/study1/view1_frontal.jpg,IMPRESSION: Edema.\n")
+    (base / "negbio.csv").write_text("filename,Effusion\nCXR1,1\n")
+    chexpert = read_chexpert(trees.chexpert(base / "chexpert"), base / "plus.csv").head(1)
+    return {
+        "chexpert": (chexpert_table(base / "chexpert"), lambda: read_chexpert(base / "chexpert")),
+        "mimic": (metadata(mimic), lambda: read_mimic_cxr(mimic)), "nih": (nih / "Data_Entry_2017_v2020.csv", lambda: read_nih(nih)),
+        "plain": (base / "plain/labels.csv", lambda: read_folder(base / "plain", "Mine")), "cohort": (base / "cohort.csv", lambda: read_cohort(base / "cohort.csv")),
+        "choice": (base / "choice.csv", lambda: read_few_shot_choice(base / "choice.csv", cohort, {})),
+        "plus": (base / "plus.csv", lambda: report_texts(chexpert, {"CheXpert": base / "plus.csv"})), "negbio": (base / "negbio.csv", lambda: read_reference_labels(base / "negbio.csv")),
+    }
+
+
+SAVED_OTHERWISE = {
+    "semicolons": (lambda t: t.replace(",", ";").encode(), "its columns are separated by semicolons; separate columns by commas"),
+    "tabs": (lambda t: t.replace(",", "\t").encode("utf-8-sig"), "its columns are separated by tabs; separate columns by commas"),
+    "bars": (lambda t: t.replace(",", "|").replace("\n", "\r\n").encode(), "its columns are separated by vertical bars; separate columns by commas"),
+    "utf-16": (lambda t: t.encode("utf-16"), "is UTF-16; save it as UTF-8"), "utf-16-be": (lambda t: b"\xfe\xff" + t.encode("utf-16-be"), "is UTF-16; save it as UTF-8"),
+    "utf-16 without a mark": (lambda t: t.encode("utf-16-le"), "is UTF-16 or binary; save it as UTF-8"), "utf-32": (lambda t: t.encode("utf-32"), "is UTF-32; save it as UTF-8"),
+}
+
+
+def test_tables_saved_otherwise_are_refused_wherever_one_is_read(tmp_path):
+    for name, (path, read) in all_tables(tmp_path).items():
+        text = path.read_text()
+        for case, (encode, message) in SAVED_OTHERWISE.items():
+            path.write_bytes(encode(text))
+            with pytest.raises(ValueError, match=f"{path.name}: .*{message}") as caught: quietly(read)
+            assert "\n" not in str(caught.value), (name, case)
+        path.write_bytes(text.encode("utf-8-sig"))
+        if name not in ("choice", "cohort"): quietly(read)
+        path.write_text(text)
+
+
+def test_a_column_that_is_no_utf8_is_said(tmp_path):
+    path = trees.plain(tmp_path) / "labels.csv"
+    path.write_bytes(path.read_text().replace("p0", "caf\u00e9").encode("latin-1"))
+    with pytest.raises(ValueError, match="labels.csv: is not UTF-8 text; save it as UTF-8"): read_folder(tmp_path, "Mine")
+
+
+def test_no_message_names_nothing(tmp_path):
+    path = trees.plain(tmp_path) / "labels.csv"
+    none = read_folder(tmp_path, "Mine").head(0)
+    with pytest.raises(ValueError, match="3 of 0 frontal images of an empty cohort asked for; give images"): sample_frontal(none, 3)
+    with pytest.raises(ValueError, match="of 0 images of an empty cohort 0 are frontal"): few_shot_candidates(none, {}, 3)
+    path.write_text(",\n1,2\n")
+    with pytest.raises(ValueError, match="it has no named column|no labels"): read_folder(tmp_path, "Mine")
 
 
 def test_the_same_patient_with_a_stray_blank_is_the_same(tmp_path):

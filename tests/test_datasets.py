@@ -59,6 +59,33 @@ def test_broken_archives_are_refused(tmp_path, spoil):
     assert "\n" not in str(caught.value)
 
 
+def special(name, kind, target=""):
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname = kind, target
+    return info
+
+
+@pytest.mark.parametrize("member, message", [
+    (special("a/2.xml", tarfile.DIRTYPE), "'a/2.xml' is a folder, not a report"),
+    (special("a/2.xml", tarfile.SYMTYPE, "/etc/passwd"), "'a/2.xml' is a link, not a report"), (special("2.xml", tarfile.LNKTYPE, "1.xml"), "'2.xml' is a link, not a report"),
+    (special("2.xml", tarfile.FIFOTYPE), "'2.xml' is a device, not a report"), (special("2.xml", tarfile.CHRTYPE), "'2.xml' is a device, not a report"),
+    ("/2.xml", "path '/2.xml' leads out of the archive"), ("../2.xml", "path '../2.xml' leads out"), ("a/../../2.xml", "path 'a/../../2.xml' leads out"),
+    ("1.xml", "'1.xml' is there twice; keep one"), ("./1.xml", "'./1.xml' is there twice; keep one"), ("a/../1.xml", "'a/../1.xml' is there twice"),
+])
+def test_what_has_a_reports_name_and_is_none_is_refused(tmp_path, member, message):
+    path = tmp_path / "reports.tgz"
+    with tarfile.open(path, "w:gz") as tar:
+        for info, content in ((tarfile.TarInfo("1.xml"), report("CXR1")), (tarfile.TarInfo(member) if isinstance(member, str) else member, report("CXR2"))):
+            info.size = len(content) if info.isreg() else 0
+            tar.addfile(info, io.BytesIO(content) if info.isreg() else None)
+    with pytest.raises(ValueError, match=re.escape(f"reports.tgz: {message}")) as caught: read_openi(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_clutter_beside_the_reports_is_passed_over(archive):
+    assert read_openi(archive({"a/._1.xml": b"\0", "a/1.xml": report("CXR1"), "a/read.me": b"x"})).study_id.tolist() == ["CXR1"]
+
+
 def test_missing_archive_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="Open-i reports: no file .*none.tgz"): read_openi(tmp_path / "none.tgz")
 
