@@ -1,10 +1,13 @@
 "Every data set as a cohort: against torchxrayvision's readers, in any order of files, by patient, and with bad input refused."
 import gzip
 import json
+import os
 import shutil
 import subprocess
 import sys
+import tracemalloc
 import warnings
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -617,6 +620,77 @@ def test_a_broken_zip_of_reports_is_said(cohorts, base, tmp_path, spoil, message
     archive = trees.mimic_reports(tmp_path, base / "mimic", as_zip=True)
     spoil(archive)
     with pytest.raises((ValueError, FileNotFoundError), match=message): report_texts(cohorts["mimic"], {"MIMIC-CXR": archive})
+
+
+SAME_IMAGE = ["./000.png", ".//000.png", "x/../000.png", "images/000.png", "images//000.png", "images/../images/./000.png", "images\\000.png"]
+
+
+@pytest.mark.parametrize("other", SAME_IMAGE)
+def test_an_image_in_another_spelling_is_the_same_image(tmp_path, other):
+    path = trees.plain(tmp_path) / "labels.csv"
+    plain = read_folder(tmp_path, "Mine")
+    text = path.read_text()
+    path.write_text(text.replace("001.png", other))
+    with pytest.raises(ValueError, match=r"labels.csv: row 3 repeats row 2 .(image 000.png|image_path images/000.png)."): read_folder(tmp_path, "Mine")
+    path.write_text(text.replace("000.png", other))
+    again = read_folder(tmp_path, "Mine")
+    assert again.set_index("image_path").patient_id.to_dict() == plain.set_index("image_path").patient_id.to_dict()
+
+
+@pytest.mark.parametrize("leads", ["../000.png", "x/../../000.png", "/000.png", "..\\000.png", "C:\\000.png", "./../000.png", "~/000.png"])
+def test_a_path_that_leads_out_is_refused_in_every_spelling(tmp_path, leads):
+    path = trees.plain(tmp_path) / "labels.csv"
+    path.write_text(path.read_text().replace("001.png", leads))
+    with pytest.raises(ValueError, match="row 3: path .* leads out of"): read_folder(tmp_path, "Mine")
+
+
+def test_a_large_report_is_refused_before_it_is_read(cohorts, base, tmp_path):
+    "600 MB of blanks: 0.6 MB in a zip file, a hole in a plain one."
+    plain = read_folder(trees.plain(tmp_path / "plain", n=2, reports=True), "Mine")
+    with open(tmp_path / "plain/000.txt", "wb") as file: file.truncate(600 * 10**6)
+    mimic = cohorts["mimic"].head(1)
+    with zipfile.ZipFile(tmp_path / "r.zip", "w", zipfile.ZIP_DEFLATED) as archive, archive.open(mimic.report_path[0], "w") as file:
+        for _ in range(600): file.write(b" " * 10**6)
+    tracemalloc.start()
+    for rows, places in ((plain.head(1), {"Mine": tmp_path / "plain"}), (mimic, {"MIMIC-CXR": tmp_path / "r.zip"})):
+        with pytest.raises(ValueError, match=r"cohort row 0: .* report '.*' has 600.0 MB; a report has at most 1 MB"): report_texts(rows, places)
+    assert tracemalloc.get_traced_memory()[1] < 20e6
+    tracemalloc.stop()
+
+
+def test_reports_that_are_links_out_of_their_folder_are_refused(cohorts, base, tmp_path):
+    plain = read_folder(trees.plain(tmp_path / "plain", n=2, reports=True), "Mine")
+    secret, report, places = tmp_path / "secret.txt", tmp_path / "plain/000.txt", {"Mine": tmp_path / "plain"}
+    secret.write_text("IMPRESSION: x")
+    for target in (secret, "../secret.txt", "001.txt"):
+        report.unlink()
+        report.symlink_to(target)
+        if target == "001.txt": assert report_texts(plain, places).tolist() == ["IMPRESSION: image 001.png."] * 2
+        else:
+            with pytest.raises(ValueError, match="report '000.txt' is a link that leads out of the folder"): report_texts(plain, places)
+    report.unlink()
+    os.mkfifo(report)
+    with pytest.raises(ValueError, match="report '000.txt' is no file"): report_texts(plain, places)
+    (tmp_path / "linked").symlink_to(tmp_path / "plain")
+    assert report_texts(plain.tail(1), {"Mine": tmp_path / "linked"}).tolist() == ["IMPRESSION: image 001.png."]
+    shutil.copytree(base / "reports", tmp_path / "mimic")
+    first = cohorts["mimic"].head(1)
+    (tmp_path / "mimic/mimic-cxr-reports" / first.report_path[0]).unlink()
+    (tmp_path / "mimic/mimic-cxr-reports" / first.report_path[0]).symlink_to(secret)
+    with pytest.raises(ValueError, match="leads out of the folder"): report_texts(first, {"MIMIC-CXR": tmp_path / "mimic"})
+
+
+def test_links_and_locked_reports_in_a_zip_are_refused(cohorts, tmp_path):
+    first = cohorts["mimic"].head(1)
+    link = zipfile.ZipInfo(first.report_path[0])
+    link.external_attr = 0o120777 << 16
+    with zipfile.ZipFile(tmp_path / "r.zip", "w") as archive: archive.writestr(link, "/etc/hostname")
+    with pytest.raises(ValueError, match="cohort row 0: .* is a link, not a report"): report_texts(first, {"MIMIC-CXR": tmp_path / "r.zip"})
+    locked = bytearray((tmp_path / "r.zip").read_bytes())
+    for mark, at in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)): locked[locked.index(mark) + at] |= 1
+    locked[locked.index(b"PK\x01\x02") + 38 : locked.index(b"PK\x01\x02") + 42] = b"\0\0\xa4\x81"
+    (tmp_path / "r.zip").write_bytes(locked)
+    with pytest.raises(ValueError, match="cohort row 0: no MIMIC-CXR report .*encrypted"): report_texts(first, {"MIMIC-CXR": tmp_path / "r.zip"})
 
 
 # ---- captions

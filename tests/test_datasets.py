@@ -82,6 +82,16 @@ def test_what_has_a_reports_name_and_is_none_is_refused(tmp_path, member, messag
     assert "\n" not in str(caught.value)
 
 
+def test_a_large_report_in_the_archive_is_refused_before_it_is_read(tmp_path):
+    path = tmp_path / "reports.tgz"
+    class Blanks(io.RawIOBase):
+        def read(self, n=-1): return b" " * n
+    info = tarfile.TarInfo("1.xml")
+    info.size = 60 * 10**6
+    with tarfile.open(path, "w:gz") as tar: tar.addfile(info, Blanks())
+    with pytest.raises(ValueError, match="reports.tgz: '1.xml' has 60.0 MB; a report has at most 1 MB"): read_openi(path)
+
+
 def test_clutter_beside_the_reports_is_passed_over(archive):
     assert read_openi(archive({"a/._1.xml": b"\0", "a/1.xml": report("CXR1"), "a/read.me": b"x"})).study_id.tolist() == ["CXR1"]
 
