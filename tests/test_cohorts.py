@@ -23,8 +23,8 @@ from PIL import Image
 
 from cxr_nb import core
 from cxr_nb.datasets import (
-    CHEXPERT_LABELS, COHORT_COLUMNS, SPLITS, CohortImages, few_shot_candidates, image_paths, impression_section, openi_cohort, read_chexpert, read_cohort,
-    read_few_shot_choice, read_folder, read_mimic_cxr, read_nih, read_openi, read_reference_labels, report_texts, sample_captions, sample_frontal, with_splits,
+    CHEXPERT_LABELS, COHORT_COLUMNS, SPLITS, CohortImages, few_shot_candidates, image_paths, impression_section, openi_cohort, portable_place, read_chexpert, read_cohort,
+    read_few_shot_choice, read_folder, read_mimic_cxr, read_nih, read_openi, read_reference_labels, read_sources, report_texts, sample_captions, sample_frontal, with_splits,
 )
 from cxr_nb.images import inverted_images
 from cxr_nb.phantoms import write_phantoms
@@ -691,6 +691,50 @@ def test_links_and_locked_reports_in_a_zip_are_refused(cohorts, tmp_path):
     locked[locked.index(b"PK\x01\x02") + 38 : locked.index(b"PK\x01\x02") + 42] = b"\0\0\xa4\x81"
     (tmp_path / "r.zip").write_bytes(locked)
     with pytest.raises(ValueError, match="cohort row 0: no MIMIC-CXR report .*encrypted"): report_texts(first, {"MIMIC-CXR": tmp_path / "r.zip"})
+
+
+# ---- where the data lie
+
+def test_results_that_were_moved_or_copied_read_their_own_images(tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    trees.plain(first / "images/mine", n=2)
+    far = trees.plain(tmp_path / "far", n=2)
+    cohort = read_folder(first / "images/mine", "Mine")
+    places = {"images": {"Mine": portable_place(first / "images/mine", first), "Far": portable_place(far, first)}, "reports": {"Mine": portable_place(first / "images/mine", first)}, "text_sets": {"Mine": ""}}
+    assert places["images"] == {"Mine": "images/mine", "Far": str(far)}
+    (first / "cohorts").mkdir()
+    (first / "cohorts/sources.json").write_text(json.dumps(places))
+    shutil.copytree(first, second)
+    trees.picture(second / "images/mine/images/000.png", seed=99)
+    theirs, ours = (CohortImages(cohort, read_sources(base / "cohorts/sources.json")["images"], size=None)[0]["img"] for base in (first, second))
+    assert (theirs != ours).any() and (ours[0] == xrv.datasets.normalize(np.asarray(Image.open(second / "images/mine/images/000.png")), 255)).all()
+    shutil.move(first, tmp_path / "third")
+    moved = read_sources(tmp_path / "third/cohorts/sources.json")
+    assert (CohortImages(cohort, moved["images"], size=None)[0]["img"] == theirs).all()
+    assert moved["images"]["Far"] == far and moved["reports"]["Mine"] == tmp_path / "third/images/mine" and moved["text_sets"] == {"Mine": ""}
+
+
+def test_places_of_the_project_are_named_from_it_on(tmp_path):
+    assert portable_place(ROOT / "data/mine", tmp_path) == "project:data/mine"
+    (tmp_path / "cohorts").mkdir()
+    (tmp_path / "cohorts/sources.json").write_text(json.dumps({"images": {"Mine": "project:data/mine", "Old": "/data/old"}, "reports": {}, "text_sets": {}}))
+    assert read_sources(tmp_path / "cohorts/sources.json")["images"] == {"Mine": ROOT / "data/mine", "Old": Path("/data/old")}
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    (tmp_path / "real/images/x").mkdir(parents=True)
+    assert portable_place(tmp_path / "real/images/x", tmp_path / "link") == portable_place(tmp_path / "link/images/x", tmp_path / "real") == "images/x"
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", '{"images": 1, "reports": {}, "text_sets": {}}', '{"images": {"a": 1}, "reports": {}, "text_sets": {}}'])
+def test_a_broken_list_of_places_is_said(tmp_path, text):
+    (tmp_path / "sources.json").write_text(text)
+    with pytest.raises(ValueError, match="sources.json: does not say where the data lie .*; run 21_datasets again"): read_sources(tmp_path / "sources.json")
+
+
+def test_every_notebook_reads_the_places_by_one_function():
+    for path in (ROOT / "nbs").glob("*.ipynb"):
+        for cell in json.loads(path.read_text())["cells"]:
+            for line in cell["source"] if cell["cell_type"] == "code" and not path.stem.startswith("21") else ():
+                if "sources.json" in line: assert 'read_sources(run.need("cohorts/sources.json", "21_datasets"))' in line, path.name
 
 
 # ---- captions
