@@ -26,7 +26,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from .autoencoder import LABEL_TARGETS
-from .core import sha256, torch_device, versions, written_whole
+from .core import json_text, sha256, torch_device, versions, written_whole
 from .datasets import impression_section
 from .images import load_radiograph
 from .judges import build_classifier, save_classifier
@@ -522,7 +522,7 @@ def _record(folder, part, log, device, places):
     kept = {name: v for name, v in versions().items() if name in ("python", "torch", "diffusers", "transformers")}
     everything = made(folder) | {part: log | {"device": device.type, "versions": kept, "files": hashes}}
     with written_whole(Path(folder) / "made.json") as partial:
-        partial.write_text(json.dumps(everything, indent=1) + "\n")
+        partial.write_text(json_text(everything), encoding="utf-8")
 
 def _written_half(model, place):
     "Write a transformers model in half precision, to be opened in single: they open as the file's configuration says."

@@ -25,7 +25,7 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from .core import device_name, peak_memory_mb, sha256, written_whole
+from .core import device_name, json_text, peak_memory_mb, sha256, written_whole
 from .text_encoder import TextEncoder, provenance
 from .training import TrainingSettings, checkpoints, made_key, run_frozen, settings_record, tensors_hash, train
 
@@ -347,7 +347,7 @@ def save_projection(
     shape = {"width": layers[0].in_features, "out": layers[0].out_features, "hidden_layers": len(layers) - 1}
     digest = {PROJECTION_FILE: sha256(partial / PROJECTION_FILE)}
     about = about | shape | {"encoder": provenance(encoder), "sha256": digest}
-    (partial / "config.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+    (partial / "config.json").write_text(json_text(about), encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
     return about

@@ -17,7 +17,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from .core import device_name, peak_memory_mb, sha256, slug
+from .core import device_name, json_text, peak_memory_mb, sha256, slug
 from .datasets import CONCEPTS, image_paths
 from .images import load_radiograph, open_radiograph
 from .stable_diffusion import encode, encoder_hidden_states, load_pipeline, write_images
@@ -206,7 +206,7 @@ def save_finetuned(
     log.to_csv(partial / "log.csv", index=False, lineterminator="\n")
     weights = sorted(path.relative_to(partial).as_posix() for path in partial.rglob("*.safetensors"))
     about = about | {"sha256": {name: sha256(partial / name) for name in weights}}
-    (partial / "training.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+    (partial / "training.json").write_text(json_text(about), encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
     return about
