@@ -1,0 +1,67 @@
+"The package as a wheel brings it: imported and run from a folder that is no checkout."
+import json
+import os
+import subprocess
+import sys
+import zipfile
+
+import pytest
+from conftest import ROOT
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory, copy_project, run_in):
+    "A folder with what a wheel of the project holds."
+    folder = tmp_path_factory.mktemp("wheel")
+    built = run_in(copy_project(folder / "source"), "python", "setup.py", "--quiet", "bdist_wheel", "--compression", "stored", "-d", folder)
+    assert built.returncode == 0, built.stderr
+    [wheel] = folder.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive: archive.extractall(folder / "installed")
+    return folder / "installed"
+
+
+@pytest.fixture
+def python(installed, tmp_path):
+    "A function that runs Python in an empty folder, with the wheel alone."
+    def run(code, *args):
+        env = {k: v for k, v in os.environ.items() if not k.startswith(("CXR_NB", "GIT_"))} | {"PYTHONPATH": str(installed), "HF_HUB_OFFLINE": "1"}
+        return subprocess.run([sys.executable, "-c", code, *args], cwd=tmp_path, env=env, capture_output=True, text=True)
+    return run
+
+
+COMMAND = "from cxr_nb.runner import main; main()"
+
+
+def test_the_wheel_holds_what_nbs_holds(installed):
+    for path in [*(ROOT / "nbs").glob("*.ipynb"), *(ROOT / "nbs/profiles").glob("*.yaml")]:
+        assert (installed / "cxr_nb/notebooks" / path.relative_to(ROOT / "nbs")).read_bytes() == path.read_bytes()
+
+
+def test_bundled_models_and_profiles_are_found_wherever_the_package_lies(installed, python, tmp_path):
+    code = """
+import json, re, cxr_nb
+from cxr_nb import core, judges
+places = set(re.findall("cxr_nb/miniature[^'=]*", str(core.load_profile("demo"))))
+assert len(places) > 5 and all(core.find_path(place).is_dir() for place in places)
+judge = judges.load_classifier("cxr_nb/miniature/classifiers/judge_a")
+print(json.dumps([cxr_nb.__file__, judge.name, core.source_names("profiles", ".yaml"), str(core.outputs_dir("demo"))]))
+"""
+    done = python(code)
+    assert done.returncode == 0, done.stderr
+    profiles = sorted(path.stem for path in (ROOT / "nbs/profiles").glob("*.yaml"))
+    assert json.loads(done.stdout.splitlines()[-1]) == [str(installed / "cxr_nb/__init__.py"), "judge_a", profiles, str(tmp_path / "outputs/demo")]
+
+
+def test_the_command_runs_a_notebook_from_the_wheel(python, tmp_path):
+    done = python(COMMAND, "run", "31_training_details", "--profile", "smoke")
+    missing = "outputs/smoke/records/25_textual_projection.json is missing; notebook 25_textual_projection makes it"
+    assert done.returncode == 1 and f"31_training_details failed: FileNotFoundError: {missing}" in done.stderr
+    assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()] == ["outputs/smoke/notebooks/31_training_details.ipynb"]
+
+
+def test_a_profile_of_one_s_own_stands_beside_those_of_the_wheel(python, tmp_path):
+    (tmp_path / "nbs/profiles").mkdir(parents=True)
+    (tmp_path / "nbs/profiles/mine.yaml").write_text("31_training_details: {}\n")
+    done = python("from cxr_nb import core; print(core.source_names('profiles', '.yaml'), core.resolve_parameters('31_training_details', 'mine'))")
+    assert done.returncode == 0, done.stderr
+    assert "'mine'" in done.stdout and "'demo'" in done.stdout
