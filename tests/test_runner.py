@@ -121,7 +121,44 @@ def test_text_on_the_command_line_is_taken_whole_or_refused(text):
 def test_unknown_profile_names_those_there_are(project, monkeypatch):
     monkeypatch.chdir(project)
     with pytest.raises(SystemExit) as stop: report.main(["run", "99_small", "--profile", "dmeo"])
-    assert stop.value.code == "cxr_nb: profile 'dmeo': no file nbs/profiles/dmeo.yaml; there are demo, paper, public, smoke"
+    assert stop.value.code == "cxr_nb: profile 'dmeo': no file nbs/profiles/dmeo.yaml; there are demo, paper, public, smoke; did you mean 'demo'?"
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["99_smal", "--profile", "tiny", "-p", "k", "1", "-p", "kk", "1"], "unknown parameter 'kk'; it takes profile, k, rate, names; did you mean 'k'?"),
+    (["99_smlal", "--profile", "tiny"], "notebook 99_smlal: no file nbs/99_smlal.ipynb; there are 00_core, "),
+    (["99_smlal", "--profile", "tiny"], "; did you mean '99_small'?"),
+    (["0", "--profile", "tiny"], "there are 00_core and 01_metrics"),
+    (["", "--profile", "tiny"], "notebook : no file"),
+    (["00", "--profile", "tiny"], "notebook 00_core: the profile has no section 00_core; it has 99_small"),
+    (["99", "--profile", "tiny", "-p", "k=5"], "-p k=5: write a name and a value, -p k 5"),
+    (["99", "--profile", "tiny", "--parameter", "names=[a b]"], "-p names=[a b]: write a name and a value, -p names '[a b]'"),
+    (["-p", "k=5", "99", "--profile", "tiny"], "-p k=5: write a name and a value, -p k 5"),
+    (["99", "--profile", "tiny", "-p", "names", "[32, 64]"], "parameter 'names' takes list of text, not [32, 64] (list); quote each: [\"32\", \"64\"]"),
+    (["99", "--profile", "tiny", "-p", "names", "32"], "parameter 'names' takes list of text, not 32 (int); put it in brackets: [\"32\"]"),
+    (["99", "--profile", "tiny", "-p", "names", "x y"], "parameter 'names' takes list of text, not 'x y' (str); put it in brackets: [\"x y\"]"),
+    (["99", "--profile", "tiny", "-p", "rate", "-1e-4", "-p", "k", "-5", "-p", "k", "1"], "parameter 'k' is given twice"),
+    (["99", "--profile", "tiny", "-p", "names", "-1e-4"], "takes list of text, not -0.0001 (float)"),
+])
+def test_a_slip_gets_the_word_that_was_meant(project, monkeypatch, arguments, message):
+    monkeypatch.chdir(project)
+    profile(project, GOOD)
+    with pytest.raises(SystemExit) as stop: report.main(["run", *arguments])
+    assert message in stop.value.code and "\n" not in stop.value.code
+    assert not (project / "outputs").exists()
+
+
+@pytest.mark.parametrize("text", ["99_small", "99", "99_s", "99_small.ipynb", "nbs/99_small.ipynb", "./nbs/99_small.ipynb", "/elsewhere/nbs/99_small.ipynb"])
+def test_a_notebook_may_be_called_by_its_path_or_its_beginning(project, monkeypatch, text):
+    monkeypatch.chdir(project)
+    assert core.notebook_named(text) == "99_small"
+
+
+def test_a_whole_name_is_no_beginning(project, monkeypatch):
+    monkeypatch.chdir(project)
+    (project / "nbs/99_small_again.ipynb").write_text("{}")
+    assert core.notebook_named("99_small") == "99_small"
+    with pytest.raises(ValueError, match="^notebook 99: there are 99_small and 99_small_again; write more of the name$"): core.notebook_named("99")
 
 
 def test_run_leaves_output_record_and_executed_notebook(project, run_in):
