@@ -1,0 +1,133 @@
+"Whether git would track a file: a verdict, or an error where there is none."
+import json
+import os
+import subprocess
+from types import SimpleNamespace
+
+import pytest
+from conftest import ROOT
+
+from cxr_nb import core
+
+
+@pytest.fixture(autouse=True)
+def plain_git(monkeypatch):
+    for name in [name for name in os.environ if name.startswith("GIT_")]: monkeypatch.delenv(name)
+
+
+def git(folder, *words): subprocess.run(["git", "-C", str(folder), *words], check=True, capture_output=True)
+
+
+@pytest.fixture
+def repository(tmp_path):
+    "A repository that ignores `out/` but for `out/kept/`."
+    folder = tmp_path / "repository"
+    (folder / "out/kept").mkdir(parents=True)
+    git(tmp_path, "init", "--quiet", "repository")
+    (folder / ".gitignore").write_text("/out/*\n!/out/kept/\n")
+    return folder
+
+
+def fake_git(folder, monkeypatch, script):
+    "Put a git that is a shell script, or none, before all others."
+    folder.mkdir()
+    if script:
+        (folder / "git").write_text(f"#!/bin/sh\n{script}\n")
+        (folder / "git").chmod(0o755)
+    monkeypatch.setenv("PATH", str(folder))
+
+
+@pytest.mark.parametrize("name, tracked", [
+    ("a.png", True), ("new/folder/a.png", True), ("out/kept/a.png", True), ("out/kept/deep/a.png", True),
+    ("out/a.png", False), ("out/other/deep/a.png", False),
+])
+def test_the_verdict_is_that_of_git_add(repository, name, tracked):
+    assert core.git_would_track(repository / name) is tracked
+    (repository / name).parent.mkdir(parents=True, exist_ok=True)
+    (repository / name).write_text("x")
+    git(repository, "add", "--all")
+    listed = subprocess.run(["git", "-C", str(repository), "ls-files"], capture_output=True, text=True, check=True).stdout.splitlines()
+    assert (name in listed) is tracked and core.git_would_track(repository / name) is tracked
+
+
+def test_a_file_that_is_tracked_although_it_is_ignored_is_tracked(repository):
+    (repository / "out/a.png").write_text("x")
+    git(repository, "add", "--force", "out/a.png")
+    assert core.git_would_track(repository / "out/a.png")
+
+
+@pytest.mark.parametrize("script", [
+    None, "echo \"fatal: detected dubious ownership in repository at 'x'\" >&2; echo more >&2; exit 128", "exit 128", "exit 127", "kill -9 $$",
+])
+def test_no_verdict_is_an_error_inside_a_repository_and_not_asked_for_outside(repository, tmp_path, monkeypatch, script):
+    fake_git(tmp_path / "bin", monkeypatch, script)
+    for name in ("out/kept/a.png", "out/a.png"):
+        with pytest.raises(RuntimeError, match="git does not tell whether it would track this") as refused: core.git_would_track(repository / name)
+        assert "\n" not in str(refused.value) and "CXR_NB_OUTPUTS" in str(refused.value)
+    assert not any((folder / ".git").exists() for folder in tmp_path.parents)
+    assert core.git_would_track(tmp_path / "elsewhere/a.png") is False
+
+
+def test_a_damaged_repository_gives_no_verdict(repository):
+    (repository / ".git/HEAD").write_text("damaged")
+    with pytest.raises(RuntimeError, match="not a git repository"): core.git_would_track(repository / "out/a.png")
+
+
+def test_what_counts_is_where_a_link_leads(repository, tmp_path):
+    (tmp_path / "outside").mkdir()
+    (repository / "out/link").symlink_to(repository / "out/kept")
+    (repository / "away").symlink_to(tmp_path / "outside")
+    (tmp_path / "in").symlink_to(repository)
+    (tmp_path / "outside/file.png").symlink_to(repository / "out/kept/file.png")
+    (repository / "out/kept/lost.png").symlink_to(tmp_path / "outside/lost.png")
+    tracked = ["out/link/a.png", "../in/a.png", "../outside/file.png", "out/kept/lost.png", "out/../a.png"]
+    assert [core.git_would_track(repository / name) for name in tracked] == [True] * 5
+    assert [core.git_would_track(repository / name) for name in ("away/a.png", "../in/out/a.png")] == [False] * 2
+
+
+def test_a_submodule_and_a_worktree_have_rules_of_their_own(repository, tmp_path):
+    (repository / "out/inner").mkdir()
+    git(repository / "out/inner", "init", "--quiet")
+    assert core.git_would_track(repository / "out/inner/a.png")
+    git(repository, "add", ".gitignore")
+    git(repository, "-c", "user.name=a", "-c", "user.email=a@b", "commit", "--quiet", "-m", "first")
+    git(repository, "worktree", "add", "--quiet", str(tmp_path / "tree"))
+    assert [core.git_would_track(tmp_path / "tree" / name) for name in ("a.png", "out/a.png")] == [True, False]
+
+
+def test_another_repository_in_the_environment_hides_nothing(repository, tmp_path, monkeypatch):
+    git(tmp_path, "init", "--quiet", "second")
+    (tmp_path / "second/.gitignore").write_text("*\n")
+    for name, value in {"GIT_DIR": tmp_path / "second/.git", "GIT_CEILING_DIRECTORIES": repository, "GIT_INDEX_FILE": "none"}.items(): monkeypatch.setenv(name, str(value))
+    assert [core.git_would_track(repository / name) for name in ("a.png", "out/a.png")] == [True, False]
+    monkeypatch.setenv("GIT_WORK_TREE", str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
+    (tmp_path / "second/.git/info/exclude").write_text("hidden/\n")
+    assert [core.git_would_track(tmp_path / "home" / name) for name in ("a.png", "hidden/a.png")] == [True, False]
+    assert core.git_would_track(tmp_path / "elsewhere.png") is False
+
+
+def test_the_commit_is_that_of_the_project_whatever_the_environment_names(repository, monkeypatch):
+    before = core.git_commit()
+    monkeypatch.setenv("GIT_DIR", str(repository / ".git"))
+    assert core.git_commit() == before
+
+
+@pytest.mark.parametrize("script", ["exit 128", None])
+def test_credentialed_data_are_refused_before_they_are_read(repository, tmp_path, monkeypatch, script):
+    "The first cell of 21_datasets, with results in a tracked folder, an ignored one, and one that git gives no verdict on."
+    cells = json.loads((ROOT / "nbs/21_datasets.ipynb").read_text())["cells"]
+    [guard] = [source for cell in cells if "a data use agreement and git" in (source := "".join(cell["source"]))]
+
+    def opened(place, **data):
+        run = SimpleNamespace(folder=repository / place)
+        exec(guard, {"Run": lambda *_: run, "git_would_track": core.git_would_track, "profile": "demo", "chexpert": "", "mimic_cxr": ""} | data)
+
+    for data in ({"chexpert": "x"}, {"mimic_cxr": "x"}):
+        opened("out/free", **data)
+        with pytest.raises(ValueError, match="are under a data use agreement"): opened("out/kept", **data)
+    fake_git(tmp_path / "bin", monkeypatch, script)
+    for place in ("out/kept", "out/free"):
+        opened(place)
+        for data in ({"chexpert": "x"}, {"mimic_cxr": "x"}):
+            with pytest.raises(RuntimeError, match="git does not tell"): opened(place, **data)
