@@ -10,6 +10,7 @@ __all__ = ['SOURCES', 'BEGINS', 'ENDS', 'FAILS', 'TARGETS', 'image_sources', 'un
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -19,8 +20,8 @@ from argparse import ArgumentParser
 from importlib import metadata
 from pathlib import Path
 
-from .core import load_profile, outputs_dir, repo_root, resolve_parameters, sha256
-from .processes import end_children, one_writer, process_id
+from .core import load_profile, outputs_dir, plain_value, repo_root, resolve_parameters, sha256
+from .processes import end_children, end_with, one_writer, process_id
 from .runner import run_or_exit
 
 # %% ../nbs/07_report.ipynb #07c0de07
@@ -244,6 +245,17 @@ def _said(message):
     for line in str(message).splitlines(): print(f"cxr_nb: {line}", file=sys.stderr)
     return 1
 
+# %% ../nbs/07_report.ipynb #5e1a07f6
+def _for_argparse(words):
+    "Arguments with a blank before negative numbers, for argparse takes -1e-4 for an option; raises ValueError for name=value."
+    words = list(words)
+    for i, word in enumerate(words[:-1]):
+        if word not in ("-p", "--parameter"): continue
+        name, equals, value = words[i + 1].partition("=")
+        if equals: raise ValueError(f"-p {words[i + 1]}: write a name and a value, -p {name} {shlex.quote(value)}")
+        if i + 2 < len(words) and isinstance(plain_value(words[i + 2]), int | float): words[i + 2] = " " + words[i + 2]
+    return words
+
 # %% ../nbs/07_report.ipynb #43411750
 def main(
     argv: list[str] | None = None,  # arguments; the command line's by default
@@ -255,11 +267,12 @@ def main(
     report = commands.add_parser("report", help="run every notebook that is out of date")
     for command in (run, report):
         command.add_argument("--profile", default="demo", help="a file of nbs/profiles (default: demo)")
-    run.add_argument("notebook", help="stem of a notebook in nbs/, e.g. 33_text_encoder_results")
+    run.add_argument("notebook", help="its name in nbs/, e.g. 33_text_encoder_results, or as much of it as no other begins with")
     instead = {"nargs": 2, "action": "append", "default": [], "metavar": ("NAME", "VALUE")}
     run.add_argument("-p", "--parameter", **instead, help="take VALUE in place of the profile's")
     report.add_argument("--cores", type=int, default=os.cpu_count(), help="to use (default: all)")
     report.add_argument("--target", default="report", choices=TARGETS, help="what to run (default: report)")
-    args = parser.parse_args(argv)
+    try: args = parser.parse_args(_for_argparse(sys.argv[1:] if argv is None else argv))
+    except ValueError as error: sys.exit(f"cxr_nb: {error}")
     if args.command == "report": sys.exit(report_or_exit(args.profile, args.cores, args.target))
     print(os.path.relpath(run_or_exit(args.notebook, args.profile, args.parameter)))

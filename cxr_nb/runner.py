@@ -19,7 +19,8 @@ from contextlib import chdir, contextmanager
 from io import BytesIO
 from pathlib import Path
 
-from .core import read_value, repo_root, resolve_parameters, run_folder, written_whole
+from .core import find_path, notebook_named, read_value, repo_root, resolve_parameters, run_folder, source_file
+from .core import written_whole
 from .processes import end_with, one_writer
 
 # %% ../nbs/06_runner.ipynb #4c4e46e6
@@ -83,11 +84,11 @@ def run_notebook(
     # relative paths, for papermill writes them into the notebook it leaves
     with _executed_copy(folder, notebook) as partial, chdir(root):
         papermill.execute_notebook(
-            f"nbs/{notebook}.ipynb",
+            os.path.relpath(source_file(f"{notebook}.ipynb"), root),
             os.path.relpath(partial, root),
             parameters,
             kernel_name="python3",
-            cwd="nbs",
+            cwd="nbs" if Path("nbs").is_dir() else ".",
             progress_bar=sys.stderr.isatty(),
             # a busy machine is late with a picture; papermill gives up after four seconds
             iopub_timeout=120,
@@ -126,7 +127,7 @@ def _locked(notebook, folder):
 
 # %% ../nbs/06_runner.ipynb #63703e80
 def run_or_exit(
-    notebook: str,  # stem of a notebook in nbs/
+    notebook: str,  # a name that `notebook_named` takes
     profile: str,  # name of a profile
     pairs: list[list[str]],  # name and value of parameters that take the place of the profile's
 ) -> Path:  # the executed notebook
@@ -134,7 +135,7 @@ def run_or_exit(
     from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError
     try:
-        overrides = read_overrides(pairs)
+        notebook, overrides = notebook_named(notebook), read_overrides(pairs)
         folder = run_folder(notebook, resolve_parameters(notebook, profile, overrides))
         with _locked(notebook, folder), _announced(notebook): return run_notebook(notebook, profile, overrides)
     except PapermillExecutionError as error: why = f"notebook {notebook} failed: {error.ename}: {error.evalue}"
@@ -145,7 +146,7 @@ def run_or_exit(
 
 # %% ../nbs/06_runner.ipynb #d5a3fcda
 def _code_cells(notebook):
-    cells = json.loads((repo_root() / "nbs" / f"{notebook}.ipynb").read_text(encoding="utf-8"))["cells"]
+    cells = json.loads(source_file(f"{notebook}.ipynb").read_text(encoding="utf-8"))["cells"]
     return ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
 
 def code_hash(
@@ -161,7 +162,7 @@ def imported_modules(
     todo, found = ["\n".join(_code_cells(notebook))], set()
     while todo:
         for name in re.findall(r"^\s*(?:from|import) (?:cxr_nb)?\.(\w+)", todo.pop(), flags=re.M):
-            path = repo_root() / "cxr_nb" / f"{name}.py"
+            path = find_path(f"cxr_nb/{name}.py")
             if name not in found and path.exists(): todo.append(path.read_text(encoding="utf-8"))
             found.add(name)
     return sorted(found)
