@@ -22,7 +22,8 @@ from torch import nn
 from .core import slug, written_whole
 from .stable_diffusion import encode
 from .textual_projection import TEMPLATES
-from .training import TrainingSettings, diffusion_loss, run_frozen, tensors_hash, train
+from .training import TrainingSettings, diffusion_loss, noise_record, run_frozen, tensors_hash, train
+from .training import training_noise_scheduler
 
 # %% ../nbs/26_textual_inversion.ipynb #75bb1db5
 @dataclass(frozen=True)
@@ -237,16 +238,19 @@ def invert(
 ) -> tuple[pd.DataFrame, dict[str, torch.Tensor]]:  # the log of `train`; vectors by token
     """Learn the vectors of new tokens (§2.6, Gal et al. 2022), going on from a checkpoint; all else stays as it is.
 
-    Raises ValueError where `add_tokens` or `token_ids` do, for texts that lack a token, and what `train` raises.
+    Raises ValueError where `add_tokens` or `token_ids` do, and for texts that lack a token; and what
+    `training_noise_scheduler` and `train` raise.
     """
     if lost := [token for token in tokens if not any(token in text for own in texts for text in own)]:
         raise ValueError(f"token {lost[0]}: no training text has it")
-    model, folder = NewRows(pipeline, tokens), Path(folder)
+    noise_scheduler, folder = training_noise_scheduler(pipeline.scheduler), Path(folder)
+    model = NewRows(pipeline, tokens)
     ids = torch.stack([torch.stack([token_ids(pipeline, text) for text in own]) for own in texts])
     def keep(step):
         with written_whole(folder / f"vectors_{step:08}.safetensors") as partial: save_file(model.vectors(), partial)
-    loss = lambda batch: inversion_loss(model, pipeline.scheduler, ids, batch)
+    loss = lambda batch: inversion_loss(model, noise_scheduler, ids, batch)
     given = (configuration or {}) | {"texts": texts, "initial": tensors_hash(tokens)}
+    given |= {"noise": noise_record(noise_scheduler)}
     log = train(model, loss, latents, settings, folder, given, keep)
     set_vectors(pipeline, model.vectors())
     return log, model.vectors()

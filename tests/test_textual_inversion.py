@@ -7,7 +7,7 @@ import pandas as pd
 import pipelines
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import PNDMScheduler, StableDiffusionPipeline
 from safetensors.torch import load_file
 
 from cxr_nb.stable_diffusion import encode, encoder_hidden_states, load_pipeline, sample
@@ -226,3 +226,18 @@ def test_bad_input_is_one_clear_line(folder, latents, tmp_path):
             with pytest.raises((ValueError, FileNotFoundError)) as error: bad()
             assert said in str(error.value) and "\n" not in str(error.value)
     finally: logging.disable(logging.NOTSET)
+
+
+@pytest.mark.parametrize("scheduler", ["dpm_solver++", "ddim"])
+def test_the_sampler_does_not_change_the_training(folder, latents, learned, tmp_path, scheduler):
+    pipeline = load_pipeline(str(folder), scheduler=scheduler)
+    pipeline.scheduler.set_timesteps(4)
+    log, vectors = invert(pipeline, learned[1], latents, TEXTS, TrainingSettings(6, checkpoint_every=3, sample_every=2, **HOW), tmp_path)
+    assert log.loss.tolist() == learned[4].loss.tolist() and all(torch.equal(vectors[token], x) for token, x in learned[2].items())
+
+
+def test_another_schedule_is_another_configuration(folder, latents, learned):
+    pipeline = load_pipeline(str(folder))
+    pipeline.scheduler = PNDMScheduler.from_config(pipeline.scheduler.config, trained_betas=[0.01] * 1000)
+    with pytest.raises(ValueError, match=r"is of another configuration: configuration\[noise\]"):
+        invert(pipeline, learned[1], latents, TEXTS, TrainingSettings(6, **HOW), learned[3])

@@ -8,13 +8,16 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import diffusers
 import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from cxr_nb.training import LOG, TrainingSettings, cached, checkpoints, diffusion_loss, records, run_frozen, tensors_hash, train
+from cxr_nb.training import (
+    LOG, TrainingSettings, cached, checkpoints, denoising_losses, diffusion_loss, noise_record, records, run_frozen, tensors_hash, train,
+    training_noise_scheduler)
 
 torch.set_num_threads(1)  # sums depend on it
 HOW = {"batch_size": 4, "learning_rate": 0.02, "schedule": "cosine", "warmup": 5, "accumulation": 2, "ema": 0.95, "seed": 3, "device": "cpu"}
@@ -263,9 +266,7 @@ class SmallUNet(nn.Module):
 class Schedule:
     config = SimpleNamespace(num_train_timesteps=1000, prediction_type="epsilon")
 
-    def add_noise(self, latents, noise, timesteps):
-        kept = (1 - timesteps / 1000)[:, None, None, None]
-        return kept.sqrt() * latents + (1 - kept).sqrt() * noise
+    alphas_cumprod = 1 - torch.arange(1000) / 1000
 
 
 def test_with_the_cache_and_without_it_the_loss_is_the_same(tmp_path):
@@ -288,3 +289,86 @@ def test_with_the_cache_and_without_it_the_loss_is_the_same(tmp_path):
     assert run("again", tmp_path / "latents.safetensors") == first and len(ran) == 3
     assert run("uncached", None) == pytest.approx(first, rel=1e-5) and len(ran) == 3 + 12
     assert len(set(first)) == 12 and encoder.weight.grad is None
+
+
+V14 = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
+
+
+def from_model(sampler, **stated):
+    "A sampler of a model whose own scheduler states V14 and more, as `load_pipeline` makes it; None where its class refuses."
+    try: return getattr(diffusers, sampler).from_config(V14 | stated)
+    except (TypeError, ValueError): return None
+
+
+def samplers():
+    kinds = {name: getattr(diffusers, name) for name in dir(diffusers) if name.endswith("Scheduler")}
+    kinds = {name: kind for name, kind in kinds.items() if isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)}
+    return [name for name in kinds if from_model(name) is not None]
+
+
+def steps_taken(sampler):
+    "The sampler after it was set to ten steps, where its class can: some then know those timesteps alone."
+    try: sampler.set_timesteps(10)
+    except Exception: pass
+    return sampler
+
+
+def kept_by_numpy(betas): return np.cumprod(1 - np.asarray(betas, dtype=np.float64))
+
+
+def shown_by(scheduler):
+    "What a U-Net is shown of latents 1 and noise 10 at each timestep that the seeds draw."
+    class Shown(nn.Module):
+        def __init__(self): super().__init__(); self.weight = nn.Parameter(torch.ones(1))
+        def forward(self, noisy, timesteps, states):
+            self.noisy, self.timesteps = noisy, timesteps
+            return SimpleNamespace(sample=torch.zeros_like(noisy))
+    unet, n = Shown(), 400
+    seeds, ones = torch.tensor([[0, s, 0, 1] for s in range(n)]), torch.ones(n, 1, 1, 1)
+    losses = denoising_losses(unet, scheduler, ones, 0 * ones, torch.zeros(n, 1, 1), seeds)
+    noise = []
+    for row in seeds.tolist():
+        generator = np.random.default_rng(row)
+        generator.standard_normal((1, 1, 1), dtype=np.float32)
+        noise.append(generator.standard_normal((1, 1, 1), dtype=np.float32).item())
+    return unet.noisy.flatten().numpy(), np.array(noise), unet.timesteps.numpy(), losses.numpy()
+
+
+LINEAR_ROOTS = np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
+
+
+def test_there_are_samplers_to_try():
+    names = "PNDM DDIM DDPM DPMSolverMultistep DPMSolverSinglestep EulerDiscrete EulerAncestralDiscrete UniPCMultistep DEISMultistep HeunDiscrete"
+    names += " LMSDiscrete KDPM2Discrete KDPM2AncestralDiscrete EDMEuler EDMDPMSolverMultistep LCM TCD SASolver IPNDM"
+    assert {f"{name}Scheduler" for name in names.split()} <= set(samplers())
+
+
+@pytest.mark.parametrize("sampler", samplers())
+def test_the_noise_of_training_is_the_models_whatever_the_sampler(sampler):
+    "sqrt(abar) x + sqrt(1 - abar) eps, with betas made in numpy."
+    noise_scheduler, kept = training_noise_scheduler(steps_taken(from_model(sampler))), kept_by_numpy(LINEAR_ROOTS)
+    t, one = np.array([0, 10, 300, 700, 990, 999]), torch.ones(6, 1, 1, 1)
+    noisy = noise_scheduler.add_noise(one, 10 * one, torch.tensor(t)).flatten().numpy()
+    assert noisy == pytest.approx(kept[t] ** 0.5 + (1 - kept[t]) ** 0.5 * 10, rel=1e-4)
+    assert noisy[1:5] == pytest.approx([1.97, 7.17, 9.87, 10.05], abs=0.01)
+    noisy, noise, timesteps, losses = shown_by(noise_scheduler)
+    assert noisy == pytest.approx(kept[timesteps] ** 0.5 + (1 - kept[timesteps]) ** 0.5 * noise, abs=1e-4)
+    assert losses == pytest.approx(noise**2, rel=1e-5), "the target is the noise"
+    assert noise_record(noise_scheduler) == V14 | {"prediction_type": "epsilon"}
+
+
+@pytest.mark.parametrize("sampler", samplers())
+def test_a_models_own_schedule_reaches_every_sampler(sampler):
+    zero = training_noise_scheduler(from_model(sampler, rescale_betas_zero_snr=True, prediction_type="v_prediction"))
+    roots = np.sqrt(kept_by_numpy(LINEAR_ROOTS))
+    kept = ((roots - roots[-1]) * roots[0] / (roots[0] - roots[-1])) ** 2  # Lin et al. 2024, algorithm 1
+    assert zero.alphas_cumprod.numpy() == pytest.approx(kept, abs=1e-5) and zero.alphas_cumprod[999] == 0
+    noisy, noise, t, losses = shown_by(zero)
+    assert losses == pytest.approx((kept[t] ** 0.5 * noise - (1 - kept[t]) ** 0.5) ** 2, abs=1e-4), "the target is the velocity"
+    flat = from_model(sampler, trained_betas=[0.01] * 1000)
+    if flat is not None: assert training_noise_scheduler(flat).alphas_cumprod[500].item() == pytest.approx(0.99**501, rel=1e-4)
+    with pytest.raises(ValueError, match="at timestep 999 the betas leave nothing of an image"):
+        training_noise_scheduler(from_model(sampler, rescale_betas_zero_snr=True))
+    with pytest.raises(ValueError, match="prediction_type is 'sample'; the loss knows"):
+        training_noise_scheduler(from_model(sampler, prediction_type="sample"))
+    assert noise_record(training_noise_scheduler(from_model(sampler, timestep_spacing="trailing"))) == V14 | {"prediction_type": "epsilon"}

@@ -18,7 +18,7 @@ from cxr_nb.datasets import CONCEPTS
 from cxr_nb.stable_diffusion import encode, load_pipeline, sample
 from cxr_nb.training import TrainingSettings, checkpoints, denoising_losses, global_batch
 from cxr_nb.unet_finetuning import (
-    LORA_FILE, VARIANTS, Variant, few_shot_images, finetune, finetuned, open_finetuned, read_finetuned, training_samples)
+    LORA_FILE, VARIANTS, Variant, few_shot_images, finetune, finetuned, finetuning_record, open_finetuned, read_finetuned, training_samples)
 
 PIXELS = pipelines.SIDE * pipelines.FACTOR
 PROMPTS = {"no finding": "a lung", "pleural effusion": "a lung with water", "class": "lung"}
@@ -152,6 +152,18 @@ def test_the_sampler_does_not_change_the_training(source, images, tmp_path):
     _, log, _ = tuned(source, PRIOR, images, tmp_path / "a")
     _, other, _ = tuned(source, PRIOR, images, tmp_path / "b", scheduler="dpm_solver++")
     assert other.loss.tolist() == log.loss.tolist()
+
+
+def test_a_models_own_schedule_is_trained_by_and_recorded(source, images, tmp_path):
+    pipeline, samples = load_pipeline(source), training_samples(PRIOR, images, PROMPTS)
+    records = [finetuning_record(pipeline, PRIOR, samples, PROMPTS)]
+    assert list(records[0]["noise"]) == ["num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "prediction_type"]
+    for stated in ({"trained_betas": [0.01] * 1000}, {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}):
+        pipeline.scheduler = DDPMScheduler.from_config(load_pipeline(source).scheduler.config, **stated)
+        records.append(finetuning_record(pipeline, PRIOR, samples, PROMPTS))
+        at = tmp_path / str(len(records))
+        records[-1]["loss"] = finetune(pipeline, PRIOR, samples, PROMPTS, replace(HOW, steps=1), at)[0].loss[0]
+    assert len({json.dumps(record) for record in records}) == 3 and records[1]["loss"] != records[2]["loss"]
 
 
 @pytest.mark.parametrize("rank", [0, 2])
