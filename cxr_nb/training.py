@@ -247,6 +247,30 @@ def diffusion_loss(
     losses = denoising_losses(unet, noise_scheduler, *(torch.cat(pair) for pair in zip(inputs, priors)))
     return losses[:n].mean() + prior_weight * losses[n:].mean()
 
+# %% ../nbs/02_training.ipynb #5a1e8c3d
+_UNKNOWN = "FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG", "SAGEMAKER"
+_SPLITTING = [f"ACCELERATE_USE_{name}" for name in _UNKNOWN]
+
+def _is_on(name):
+    "Whether a variable of the environment says yes; raises ValueError for what is neither yes nor no."
+    try: return bool(os.environ.get(name)) and parse_flag_from_env(name)
+    except ValueError:
+        said = os.environ[name]
+        raise ValueError(f"training: {name} is {said!r} in the environment; it takes true or false") from None
+
+# %% ../nbs/02_training.ipynb #90d4b7f1
+@contextmanager
+def _settings_alone():
+    "accelerate's variables are away, but for the one that asks for the CPU; raises ValueError for what is refused."
+    for name in _SPLITTING:
+        if _is_on(name):
+            raise ValueError(f"training: {name} is set in the environment; training here is without it: unset it")
+    wanted = {"ACCELERATE_USE_CPU"} if _is_on("ACCELERATE_USE_CPU") else set()
+    away = [name for name in os.environ if name.startswith("ACCELERATE_") and name not in wanted]
+    kept = {name: os.environ.pop(name) for name in away}
+    try: yield
+    finally: os.environ.update(kept)
+
 # %% ../nbs/02_training.ipynb #e36a2a89
 def tensors_hash(
     tensors: dict[str, torch.Tensor],  # any; a model's state_dict() for its weights
@@ -269,7 +293,7 @@ def _read_cache(path, key):
 def _main_process_first():
     "In a launch of several processes the others wait for the first, and then find what it left."
     if int(os.environ.get("WORLD_SIZE", 1)) == 1: return nullcontext()
-    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU")).main_process_first()
+    return PartialState(cpu=_is_on("ACCELERATE_USE_CPU")).main_process_first()
 
 # %% ../nbs/02_training.ipynb #cecdd8c2
 def cached(
@@ -358,6 +382,7 @@ class _State:
 
 LOG = ["step", "loss", "learning_rate", "gradient_norm", "seconds"]
 
+# %% ../nbs/02_training.ipynb #e2f7b640
 def _accelerator(settings):
     # accelerate keeps one state per process; what of it is not the process group may change from run to run
     AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
@@ -583,6 +608,7 @@ def _logged_step(state, data, settings, folder):
     state.log.append([state.step, loss, rate, norm, time.perf_counter() - start])
 
 # %% ../nbs/02_training.ipynb #701f2171
+@_settings_alone()
 def train(
     model: nn.Module,  # its weights with requires_grad are trained in place; a ModuleDict for several modules
     loss: Callable[[dict], torch.Tensor],  # of a batch: a scalar, or one loss per sample

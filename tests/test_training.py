@@ -372,3 +372,36 @@ def test_a_models_own_schedule_reaches_every_sampler(sampler):
     with pytest.raises(ValueError, match="prediction_type is 'sample'; the loss knows"):
         training_noise_scheduler(from_model(sampler, prediction_type="sample"))
     assert noise_record(training_noise_scheduler(from_model(sampler, timestep_spacing="trailing"))) == V14 | {"prediction_type": "epsilon"}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory): return small_run(tmp_path_factory.mktemp("plain"), steps=6, accumulation=1)
+
+
+# what the installed accelerate reads, and what `accelerate launch` and default_config.yaml put into the environment
+@pytest.mark.parametrize("setting", [
+    "GRADIENT_ACCUMULATION_STEPS=4", "MIXED_PRECISION=bf16", "MIXED_PRECISION=fp8", "GRADIENT_CLIPPING=0.001", "DYNAMO_BACKEND=EAGER",
+    "DYNAMO_BACKEND=none such", "DYNAMO_MODE=reduce-overhead", "DYNAMO_USE_FULLGRAPH=true", "FP8_BACKEND=MSAMP", "FP8_BACKEND=none such",
+    "TORCH_DEVICE=meta", "DOWNCAST_BF16=true", "DEBUG_MODE=true", "CPU_AFFINITY=0", "BYPASS_DEVICE_MAP=true", "ALLOW_TF32=true",
+    "DEEPSPEED_ZERO_STAGE=3", "USE_CPU=true", "USE_CPU=false", "USE_CPU=", "USE_FSDP=false", "USE_DEEPSPEED=0", "USE_MEGATRON_LM=",
+])
+def test_the_settings_hold_whatever_the_environment_says(undisturbed, tmp_path, monkeypatch, setting):
+    name, _, value = f"ACCELERATE_{setting}".partition("=")
+    monkeypatch.setenv(name, value)
+    weights, log = small_run(tmp_path, steps=6, accumulation=1)
+    same(weights, undisturbed[0])
+    assert log.loss.tolist() == undisturbed[1].loss.tolist() and os.environ[name] == value, "what is the caller's stays"
+
+
+@pytest.mark.parametrize("name", ["FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG", "SAGEMAKER"])
+def test_what_training_does_not_know_is_refused_by_name(tmp_path, monkeypatch, name):
+    monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
+    with pytest.raises(ValueError, match=f"^training: ACCELERATE_USE_{name} is set in the environment.*unset it$"): small_run(tmp_path)
+    monkeypatch.setenv(f"ACCELERATE_USE_{name}", "perhaps")
+    with pytest.raises(ValueError, match=f"ACCELERATE_USE_{name} is 'perhaps' in the environment; it takes true or false"): small_run(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_all_variables_at_once(undisturbed, tmp_path, monkeypatch):
+    for name in ("GRADIENT_ACCUMULATION_STEPS", "MIXED_PRECISION", "DYNAMO_BACKEND", "TORCH_DEVICE"): monkeypatch.setenv(f"ACCELERATE_{name}", "2")
+    same(small_run(tmp_path, steps=6, accumulation=1)[0], undisturbed[0])
