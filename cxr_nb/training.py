@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SCHEDULES', 'LOG', 'TrainingSettings', 'learning_rate', 'global_batch', 'training_noise_scheduler', 'noise_record',
            'denoising_losses', 'WithPrior', 'diffusion_loss', 'tensors_hash', 'cached', 'records', 'run_frozen',
-           'ema_decay', 'checkpoints', 'settings_record', 'made_key', 'train', 'plot_training']
+           'ema_decay', 'checkpoints', 'content_hash', 'settings_record', 'made_key', 'train', 'plot_training']
 
 # %% ../nbs/02_training.ipynb #75e3e677
 import hashlib
@@ -466,6 +466,25 @@ def _set_random_states(states, device):
     torch.set_rng_state(states["torch"])
     if device.type != "cpu" and "device" in states: torch.get_device_module(device).set_rng_state(states["device"])
 
+# %% ../nbs/02_training.ipynb #4be1a70c
+_CONTENT = {"step", "configuration", "random", "buffers", "weights", "average", "optimizer", "log", "scaler"}
+
+def _leaves(value, at=""):
+    "What nested dicts, lists and tuples hold, by place; an empty one stands for itself."
+    kinds = dict, list, tuple
+    if not isinstance(value, kinds) or not value: return {at: value}
+    pairs = value.items() if isinstance(value, dict) else enumerate(value)
+    return {place: leaf for key, part in pairs for place, leaf in _leaves(part, f"{at}/{key!r}").items()}
+
+def content_hash(
+    content: dict,  # tensors, numbers and text, nested in dicts, lists and tuples
+) -> str:
+    "Hash of all that a checkpoint holds: places, types, shapes and values, hexadecimal."
+    leaves = _leaves(content)
+    tensors = {at: value for at, value in leaves.items() if isinstance(value, torch.Tensor)}
+    others = sorted((at, repr(value)) for at, value in leaves.items() if at not in tensors)
+    return hashlib.sha256((json.dumps(others) + tensors_hash(tensors)).encode()).hexdigest()
+
 # %% ../nbs/02_training.ipynb #694b8fc0
 _FREE = "checkpoint_every", "keep", "sample_every", "device"
 
@@ -489,6 +508,7 @@ def _configuration(state, settings, data, given):
     own |= {"samples": len(data), "processes": state.accelerator.num_processes}
     return own | {f"configuration[{name}]": json.loads(json.dumps(value)) for name, value in given.items()}
 
+# %% ../nbs/02_training.ipynb #a6d3f81e
 def _save(state, folder, configuration, keep):
     accelerator = state.accelerator
     if not all(p.isfinite().all() for p in state.trained.values()):
@@ -501,20 +521,37 @@ def _save(state, folder, configuration, keep):
             "optimizer": state.optimizer.state_dict(), "log": torch.tensor(state.log, dtype=torch.float64),
             "scaler": accelerator.scaler.state_dict() if accelerator.scaler else {},
         }
+        content["sha256"] = content_hash(content)
         with written_whole(folder / f"step_{state.step:08}.pt") as partial: torch.save(content, partial)
         for old in checkpoints(folder)[:-keep]: old.unlink()
     accelerator.wait_for_everyone()
 
 # %% ../nbs/02_training.ipynb #be75eb20
-def _read(path, configuration):
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        there = saved["configuration"]
+def _whole(path):
+    "What a checkpoint holds; raises ValueError with the reason where it is not what was written."
+    try: saved = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file shows as any of several errors
-        why = f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
-        raise ValueError(
-            f"{path}: is no whole checkpoint ({why}); delete it, and training goes on from the one before"
-        ) from None
+        raise ValueError(f"{type(error).__name__}: {' '.join(str(error).split())[:100]}") from None
+    if not isinstance(saved, dict) or saved.keys() ^ {"sha256", *_CONTENT}: raise ValueError("it lacks parts, or has others")
+    if content_hash({key: saved[key] for key in _CONTENT}) != saved["sha256"]:
+        raise ValueError("its content is not what was written")
+    return saved
+
+def _sound(path):
+    try: return bool(_whole(path))
+    except ValueError: return False
+
+# %% ../nbs/02_training.ipynb #0b8c5e72
+def _read(path, configuration):
+    try: saved = _whole(path)
+    except ValueError as error:
+        older = [other for other in checkpoints(path.parent) if other.name < path.name]
+        left = next((other for other in reversed(older) if _sound(other)), None)
+        damaged = [other.name for other in older if left is None or other > left]
+        what = " and ".join(["it", *damaged])
+        then = f"training goes on from {left.name}" if left else "training begins anew: there is no other that is whole"
+        raise ValueError(f"{path}: is no whole checkpoint ({error}); delete {what}, and {then}") from None
+    there = saved["configuration"]
     differ = [
         f"{name} is {there.get(name)!r} there and {configuration.get(name)!r} here"
         for name in {**there, **configuration} if there.get(name) != configuration.get(name)
@@ -524,9 +561,26 @@ def _read(path, configuration):
         raise ValueError(f"{path}: is of another configuration: {what}; take another folder, or empty this one")
     return saved
 
+# %% ../nbs/02_training.ipynb #39e7b15f
+def _check_shapes(state, saved, path):
+    optimizer = state.optimizer.state_dict()["param_groups"][0]["params"]
+    places = dict(zip(optimizer, state.trained.values()))
+    moments = {f"{i} {name}": tensor for i, kept in saved["optimizer"]["state"].items() for name, tensor in kept.items()}
+    # a step of the optimizer is one number
+    fitting = {at: places.get(int(at.split()[0])) for at in moments if not at.endswith(" step")}
+    mine = {"weights": state.trained, "buffers": state.buffers, "average": dict(enumerate(state.average)), "moments": fitting}
+    theirs = {"average": dict(enumerate(saved["average"])), "moments": {at: moments[at] for at in fitting}}
+    for part, tensors in mine.items():
+        shapes = {at: None if tensor is None else tuple(tensor.shape) for at, tensor in tensors.items()}
+        there = {at: tuple(tensor.shape) for at, tensor in theirs.get(part, saved.get(part)).items()}
+        if lost := sorted(str(at) for at in {**shapes, **there} if shapes.get(at) != there.get(at)):
+            raise ValueError(f"{path}: its {part} are not this model's, the first is {lost[0]}; take another folder")
+
+# %% ../nbs/02_training.ipynb #86f1d0ab
 @torch.no_grad()
 def _restore(state, path, configuration):
     saved, accelerator = _read(path, configuration), state.accelerator
+    _check_shapes(state, saved, path)
     for name, p in state.trained.items(): p.copy_(saved["weights"][name])
     for name, buffer in state.buffers.items(): buffer.copy_(saved["buffers"][name])
     for mine, average in zip(state.average, saved["average"]): mine.copy_(average)

@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from cxr_nb.training import (
-    LOG, TrainingSettings, cached, checkpoints, denoising_losses, diffusion_loss, noise_record, records, run_frozen, tensors_hash, train,
+    LOG, TrainingSettings, cached, checkpoints, content_hash, denoising_losses, diffusion_loss, noise_record, records, run_frozen, tensors_hash, train,
     training_noise_scheduler)
 
 torch.set_num_threads(1)  # sums depend on it
@@ -53,7 +53,7 @@ def everything(folder):
         return {name: value}
     saved = torch.load(checkpoints(folder)[-1], weights_only=True)
     saved["log"] = saved["log"][:, : LOG.index("seconds")]
-    return flat(saved)
+    return flat({key: part for key, part in saved.items() if key != "sha256"})  # which holds the seconds too
 
 
 def step_of(folder): return int(found[-1].stem.split("_")[1]) if (found := checkpoints(folder)) else 0
@@ -153,13 +153,101 @@ def test_two_processes_give_what_one_gives(server, tmp_path):
 
 
 def test_a_damaged_checkpoint_is_said_and_the_one_before_serves(tmp_path):
-    how = {"steps": 12, "checkpoint_every": 5, "keep": 2}
+    how = {"steps": 12, "checkpoint_every": 3, "keep": 3}
     whole, _ = small_run(tmp_path, **how)
-    last = checkpoints(tmp_path)[-1]
-    last.write_bytes(last.read_bytes()[:1000])
-    with pytest.raises(ValueError, match="step_00000012.pt: is no whole checkpoint .*; delete it, and training goes on"): small_run(tmp_path, **how)
+    said, (oldest, middle, last) = "{}: is no whole checkpoint .*; delete {}, and training {}$", checkpoints(tmp_path)
+    def damage(path): path.write_bytes(path.read_bytes()[:1000])
+    damage(last)
+    with pytest.raises(ValueError, match=said.format(last, "it", f"goes on from {middle.name}")): small_run(tmp_path, **how)
+    damage(middle)
+    with pytest.raises(ValueError, match=said.format(last, f"it and {middle.name}", f"goes on from {oldest.name}")): small_run(tmp_path, **how)
+    for path in (middle, last): path.unlink()
+    same(small_run(tmp_path, **how)[0], whole)
+    for path in (oldest, middle): path.unlink(missing_ok=True)
+    damage(last)
+    for path in checkpoints(tmp_path)[:-1]: path.unlink()
+    with pytest.raises(ValueError, match=said.format(last, "it", "begins anew: there is no other that is whole")): small_run(tmp_path, **how)
     last.unlink()
     same(small_run(tmp_path, **how)[0], whole)
+
+
+def places_of(saved):
+    "A leaf of every kind that a checkpoint holds: (container, key)."
+    optimizer, mine = saved["optimizer"], saved["random"][0]
+    return {
+        "weight": (saved["weights"], "0.weight"), "buffer": (saved["buffers"], "1.running_mean"), "average": (saved["average"], 2),
+        "counter": (saved["buffers"], "1.num_batches_tracked"), "first moment": (optimizer["state"][0], "exp_avg"),
+        "second moment": (optimizer["state"][3], "exp_avg_sq"), "optimizer's step": (optimizer["state"][1], "step"),
+        "rate": (optimizer["param_groups"][0], "lr"), "torch": (mine, "torch"), "numpy": (mine["numpy"][1], 5), "numpy place": (mine["numpy"], 2),
+        "log": (saved, "log"), "step": (saved, "step"), "seed": (saved["configuration"], "seed"),
+    }
+
+
+KINDS = ["weight", "buffer", "average", "counter", "first moment", "second moment", "optimizer's step", "rate", "torch", "numpy", "numpy place", "log", "step", "seed"]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finished")
+    small_run(folder, steps=6)
+    return checkpoints(folder)[-1].read_bytes()
+
+
+def refused(folder, said):
+    with pytest.raises(ValueError, match=said) as error: small_run(folder, steps=6)
+    assert "\n" not in str(error.value) and "step_00000006.pt" in str(error.value)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_checkpoint_that_holds_another_value_is_refused(tmp_path, finished, kind):
+    "One bit of a tensor, or the least change of a number."
+    path = tmp_path / "step_00000006.pt"
+    path.write_bytes(finished)
+    saved = torch.load(path, weights_only=True)
+    assert set(KINDS) == set(places_of(saved))
+    held, key = places_of(saved)[kind]
+    if isinstance(held[key], torch.Tensor): held[key].view(-1).view(torch.uint8)[0] ^= 1
+    else: held[key] += 1
+    torch.save(saved, path)
+    refused(tmp_path, "its content is not what was written")
+
+
+def test_keys_and_shapes_are_those_of_the_model(tmp_path, finished):
+    path = tmp_path / "step_00000006.pt"
+    def change(alter, sign=False):
+        path.write_bytes(finished)
+        saved = torch.load(path, weights_only=True)
+        alter(saved)
+        if sign: saved["sha256"] = content_hash({key: saved[key] for key in saved if key != "sha256"})
+        torch.save(saved, path)
+    for key in ("optimizer", "sha256", "scaler", "random"):
+        change(lambda saved: saved.pop(key))
+        refused(tmp_path, "it lacks parts, or has others")
+    change(lambda saved: saved.update(more=1)); refused(tmp_path, "it lacks parts")
+    torch.save([1], path); refused(tmp_path, "it lacks parts")
+    def narrow(part, name): return lambda saved: saved[part].__setitem__(name, torch.ones(1))
+    change(narrow("weights", "0.weight")); refused(tmp_path, "its content is not what was written")
+    # as if another program had written it
+    for part, name in (("weights", "0.weight"), ("buffers", "1.running_var"), ("average", 0)):
+        change(narrow(part, name), sign=True)
+        refused(tmp_path, f"its {part} are not this model's, the first is {name}; take another folder")
+    change(lambda saved: saved["weights"].pop("4.bias"), sign=True); refused(tmp_path, "its weights are not this model's, the first is 4.bias")
+    change(lambda saved: saved["optimizer"]["state"][0].update(exp_avg=torch.ones(1)), sign=True); refused(tmp_path, "its moments are not")
+
+
+def test_no_flipped_bit_of_the_file_changes_the_weights(tmp_path, finished):
+    "Bits all over the file: refused, or in what the content does not depend on."
+    whole, path, dice = small_run(tmp_path / "whole", steps=6)[0], tmp_path / "step_00000006.pt", random.Random(0)
+    stopped = 0
+    for _ in range(24):
+        bent = bytearray(finished)
+        bent[dice.randrange(len(bent))] ^= 1 << dice.randrange(8)
+        path.write_bytes(bent)
+        try: same(small_run(tmp_path, steps=6)[0], whole)
+        except ValueError as error:
+            assert "is no whole checkpoint" in str(error) and "begins anew" in str(error)
+            stopped += 1
+    assert stopped > 8
 
 
 @pytest.mark.parametrize("change", [
