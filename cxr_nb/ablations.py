@@ -177,6 +177,7 @@ def scores_by_k(
     rows, pairs = [], [(name, k) for name in similarities for k in ks]
     for name, k in tqdm(pairs, "CheXpert@k", leave=False):
         scores = retrieval_scores(similarities[name], labels, k)
-        macro = group_mean_intervals(scores, codes, units, list(range(len(names))), draws, seed=seed).loc["Macro"]
+        sampling = {"draws": draws, "seed": seed, "bounds": (0, 100)}
+        macro = group_mean_intervals(scores, codes, units, list(range(len(names))), **sampling).loc["Macro"]
         rows.append([name, k, *macro[["mean", "ci_low", "ci_high"]], len(codes)])
     return pd.DataFrame(rows, columns=["encoder", "k", "measured", "ci_low", "ci_high", "n"])

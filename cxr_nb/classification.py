@@ -103,6 +103,18 @@ def sampling_units(
     noise = "noise " + rows.image.astype(str)
     return noise.where(rows.patient_id == "", "patient " + rows.patient_id).to_numpy(str)
 
+# %% ../nbs/28_classification.ipynb #d92e61b9
+def _exact_notes(
+    found,  # as `score_intervals` gives them
+    rows,  # image and patient_id of what was scored
+):
+    "What an interval rests on where every draw gave the same."
+    sampled = " and ".join(sorted(set(np.where(rows.patient_id == "", "noises", "patients"))))
+    names = [f"pairs of {sampled}" if score == "auc" else sampled for score in found.index]
+    return [f"alike in all {n} {name}, exact interval" if alike else ""
+            for alike, n, name in zip(found.alike, found.units, names)]
+
+# %% ../nbs/28_classification.ipynb #45162626
 def effusion_scores(
     negatives: pd.DataFrame,  # one judge's rows of images without an effusion, as asked for or as labelled
     positives: pd.DataFrame,  # and of those with one
@@ -110,14 +122,19 @@ def effusion_scores(
     draws: int = 2000,  # bootstrap samples
     seed: int = 0,  # of the resampling
 ) -> pd.DataFrame:  # a row per name of SCORE_COLUMNS: column, measured, ci_low, ci_high, n, note
-    "How well probabilities of an effusion tell two sets of images apart, with 95 % intervals (§2.8)."
+    """How well probabilities of an effusion tell two sets of images apart, with 95 % intervals (§2.8).
+
+    Exact intervals stand where every draw gives the same, and are named in the note with the units they rest on.
+    """
     rows = pd.concat([negatives, positives])
     labels, scores = np.repeat([0, 1], [len(negatives), len(positives)]), rows.Effusion.to_numpy(float)
     found = score_intervals(labels, scores, threshold, sampling_units(rows), draws, 0.95, seed).loc[SCORE_COLUMNS]
     why = classification_scores(labels, scores, threshold)["undefined"]
-    found["note"] = np.where(found.value.isna(), why, "")
+    found["note"] = np.where(found.value.isna(), why, _exact_notes(found, rows))
     called = int((scores >= threshold).sum())
-    if called: found.loc["precision", "note"] = f"{called} images called positive"  # few make its interval too narrow
+    if called: found.loc["precision", "note"] = f"{called} images called positive; {found.note['precision']}".strip("; ")
+    # as many as were drawn
+    if (rows.patient_id == "").all(): found.loc["prevalence", ["ci_low", "ci_high", "note"]] = np.nan, np.nan, ""
     found = found.rename(columns={"value": "measured"}).rename_axis("column").reset_index()
     return found[["column", "measured", "ci_low", "ci_high", "n", "note"]]
 
@@ -172,7 +189,7 @@ def judge_differences(
     said = [rows.Effusion.to_numpy(float) for rows in (first, second)]
     auc = score_differences(labels, *said, threshold, units, draws, 0.95, seed).loc["auc"]
     alike = np.equal(*(scores >= threshold for scores in said)).astype(float)
-    share = group_mean_intervals(alike, np.zeros(len(alike)), units, [0], draws, seed=seed).loc["Overall"]
+    share = group_mean_intervals(alike, np.zeros(len(alike)), units, [0], draws, 0.95, seed, (0, 1)).loc["Overall"]
     ends = ["ci_low", "ci_high"]
     found = {"auc difference": auc[["difference", *ends]], "called alike": share[["mean", *ends]]}
     rows = [[name, *values] for name, values in found.items()]
@@ -194,16 +211,16 @@ def _aucs(compared, score, draws, seed):
     for name, sides in compared.items():
         rows, labels = pd.concat(sides), np.repeat([0, 1], [len(side) for side in sides])
         how = 0.5, sampling_units(rows), draws, 0.95, seed
-        auc = score_intervals(labels, rows[score].to_numpy(float), *how).loc["auc"]
-        found.append([name, auc.value, auc.ci_low, auc.ci_high, len(rows)])
-    return pd.DataFrame(found, columns=["column", "measured", "ci_low", "ci_high", "n"])
+        auc = score_intervals(labels, rows[score].to_numpy(float), *how).loc[["auc"]]
+        found.append([name, *auc[["value", "ci_low", "ci_high"]].iloc[0], len(rows), *_exact_notes(auc, rows)])
+    return pd.DataFrame(found, columns=["column", "measured", "ci_low", "ci_high", "n", "note"])
 
 def gap_scores(
     generated: tuple[pd.DataFrame, pd.DataFrame],  # one judge's rows of a variant: negatives, positives
     real: tuple[pd.DataFrame, pd.DataFrame],  # and of real images: without a finding, with an effusion
     draws: int = 2000,  # bootstrap samples
     seed: int = 0,  # of the resampling
-) -> pd.DataFrame:  # a row per name of COMPARISONS: column, measured (AUC), ci_low, ci_high, n
+) -> pd.DataFrame:  # a row per name of COMPARISONS: column, measured (AUC), ci_low, ci_high, n, note
     "AUC of the effusion's probability between generated and real images, within and across."
     sides = {"generated": generated, "real": real}
     pairs = {name: [sides[kind][i] for kind, i in pair] for name, pair in COMPARISONS.items()}
@@ -260,7 +277,7 @@ def domain_scores(
     positive: Sequence[str],  # prompts of positives, real and generated
     draws: int = 2000,  # bootstrap samples
     seed: int = 0,  # of folds and resampling
-) -> pd.DataFrame:  # column, measured (AUC), ci_low, ci_high, n
+) -> pd.DataFrame:  # column, measured (AUC), ci_low, ci_high, n, note
     """AUCs of a domain classifier for all images, negatives and positives, and of realness between the prompts.
 
     In the first three above one half where generated images are told from real

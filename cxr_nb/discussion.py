@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['REFERENCE', 'QUANTIFIER', 'PROMPTS', 'EXTENDED', 'RESTS_ON', 'PAPER_DATA', 'MINIATURE', 'PHANTOMS', 'VERDICTS',
-           'UNTESTABLE', 'Estimate', 'exact', 'references', 'expand', 'compare', 'outcome', 'decide', 'all_alike',
-           'strategy', 'frame_cells', 'best_cells', 'peak_ratio', 'printed_cells', 'stand_in_names', 'by_own_name',
+           'UNTESTABLE', 'Estimate', 'exact', 'references', 'expand', 'compare', 'outcome', 'decide', 'strategy',
+           'frame_cells', 'best_cells', 'peak_ratio', 'printed_cells', 'stand_in_names', 'by_own_name',
            'generation_cells', 'text_cells', 'method_cells', 'quality_cells', 'world_of', 'printed_figures',
            'printed_check', 'verdict']
 
@@ -148,17 +148,6 @@ def decide(
     if total > 1: why = [f"{held} of {total} comparisons hold, {open_} undecided, {need} needed", *why]
     return state, why, [f"{table}[{row} | {column}]" for table, row, column in named]
 
-# %% ../nbs/40_discussion.ipynb #88ee0b5a
-def all_alike(
-    share: Estimate,  # 0 to 1
-    fewest: int,  # images of the smaller set
-) -> Estimate:
-    "A share with an interval that knows how many images it is of."
-    if not share.low == share.high: return share
-    width = 1 - 0.025 ** (1 / fewest)
-    ends = {0: (0.0, width), 1: (1 - width, 1.0)}.get(share.value, (math.nan, math.nan))
-    return Estimate(share.value, *ends, share.n)
-
 # %% ../nbs/40_discussion.ipynb #abf9f407
 PROMPTS = {
     "a_photo_of_a_lung_xray": "plain",
@@ -185,14 +174,13 @@ def frame_cells(
     table: str,  # as rules call it
     frame: pd.DataFrame,  # row, column, value
     value: str = "measured",  # column of the numbers; with ci_low, ci_high and n unless it is "published"
-    fewest: int = 0,  # images of a set, where numbers are shares: `all_alike` looks at their intervals
 ) -> dict:  # (table, row, column) -> Estimate
     "Cells of a long table, those without a value left out."
     found = {}
     for one in frame.dropna(subset=value).to_dict("records"):
         number = exact(one[value])
         if value != "published": number = Estimate(one[value], one["ci_low"], one["ci_high"], int(one["n"]))
-        found[table, str(one["row"]), one["column"]] = all_alike(number, fewest) if fewest else number
+        found[table, str(one["row"]), one["column"]] = number
     return found
 
 def best_cells(

@@ -20,9 +20,8 @@ from tqdm.auto import tqdm
 
 from .core import TABLE_COLUMNS, slug
 from .datasets import CONCEPTS
-# the window of SSIM, which is the same at every scale
-from .metrics import disjoint_halves, frechet_distance, precision_recall_density_coverage, squared_mmd
-from .metrics import window_mean
+from .metrics import alike_interval, disjoint_halves, frechet_distance, precision_recall_density_coverage
+from .metrics import squared_mmd, window_mean
 
 # %% ../nbs/34_generation_results.ipynb #e1c99eac
 METHODS = {  # folder -> group of rows in Table 4
@@ -96,15 +95,14 @@ BOUNDS = {  # of a measure that is no share from 0 to 1
 def bounded(
     found: np.ndarray,  # (3, names): value, low, high, as `jackknife` gives them
     names: Sequence[str],  # of measures
-    n: int,  # units of the smaller sample
+    n: int,  # independent units of the smaller sample: images that were drawn, or patients
     level: float = 0.95,  # of the interval
 ) -> np.ndarray:  # (3, names)
     "Intervals within the measures' ranges, those of shares of exactly 0 or 1 from the binomial distribution."
     value, low, high = found.copy()
-    share, width = np.array([name not in BOUNDS for name in names]), 1 - ((1 - level) / 2) ** (1 / n)
-    for end in (0, 1):
-        sure = share & (value == end) & np.isnan(low)
-        low[sure], high[sure] = (0, width) if end == 0 else (1 - width, 1)
+    for i, name in enumerate(names):
+        if name in BOUNDS or value[i] not in (0, 1) or not np.isnan(low[i]): continue
+        low[i], high[i] = alike_interval(value[i], n // 2 if name == "ms_ssim" else n, level=level)
     least, most = np.array([BOUNDS.get(name, (0, 1)) for name in names]).T
     return np.stack([value, low.clip(least, most), high.clip(least, most)])
 

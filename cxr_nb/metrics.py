@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SCORES', 'rmse', 'psnr', 'window_mean', 'ssim', 'ssim_map', 'box_means', 'FeatureStatistics', 'frechet_distance',
            'frechet_by_batches', 'disjoint_halves', 'frechet_floor', 'squared_mmd', 'kernel_distance',
-           'precision_recall_density_coverage', 'cosine_similarities', 'classification_scores', 'group_means',
-           'group_mean_intervals', 'score_intervals', 'score_differences']
+           'precision_recall_density_coverage', 'cosine_similarities', 'classification_scores', 'alike_interval',
+           'group_means', 'group_mean_intervals', 'score_intervals', 'score_differences']
 
 # %% ../nbs/01_metrics.ipynb #d6930bf3
 from collections.abc import Iterator, Sequence
@@ -406,6 +406,23 @@ def classification_scores(
     counts = {"n": len(labels), "positives": int(labels.sum()), "undefined": why}
     return dict(zip(SCORES, map(float, values))) | counts
 
+# %% ../nbs/01_metrics.ipynb #95dd9b80
+def _no_width(low, high):
+    "Whether the two ends are one, but for rounding."
+    return high - low <= 1e-12 + 1e-9 * max(abs(low), abs(high))
+
+def alike_interval(
+    value: float,  # the mean, which is the same in every unit
+    units: int,  # independent ones that enter it: patients, noises, pairs
+    bounds: tuple[float, float] | None = (0, 1),  # of what is averaged; None: it has none
+    level: float = 0.95,  # of the interval
+) -> tuple[float, float]:  # its ends; NaN for fewer than 2 units or without bounds
+    "Interval of a mean where all units are alike and a bootstrap has no width; at 0 and 1 that of Clopper and Pearson."
+    if units < 2 or bounds is None or np.isnan(value): return np.nan, np.nan
+    least, most = bounds
+    differ = 1 - ((1 - level) / 2) ** (1 / units)
+    return value - differ * (value - least), value + differ * (most - value)
+
 # %% ../nbs/01_metrics.ipynb #0b9af97f
 def group_means(
     values: np.ndarray,  # (n,) one number per observation
@@ -431,10 +448,11 @@ def group_mean_intervals(
     draws: int = 2000,  # bootstrap samples
     level: float = 0.95,  # of the interval, between 0 and 1
     seed: int = 0,  # of the resampling
+    bounds: tuple[float, float] | None = None,  # lowest and highest possible value, for where all are alike
 ) -> pd.DataFrame:  # index: groups, "Macro", "Overall"; columns: mean, ci_low, ci_high, n
-    """Means by group with percentile bootstrap intervals that resample `units`.
+    """Means by group with percentile bootstrap intervals that resample `units`; `alike_interval` where nothing varies.
 
-    Raises ValueError where arrays differ in length or are empty. Source: Efron
+    A group of a single unit has no interval. Raises ValueError where arrays differ in length or are empty. Source: Efron
     and Tibshirani, An Introduction to the Bootstrap, 1993, chapters 8 and 13.
     """
     values, groups, units = np.asarray(values, float), np.asarray(groups), np.asarray(units)
@@ -450,10 +468,15 @@ def group_mean_intervals(
         for _ in range(draws)
     ]
     low, high = np.nanquantile(samples, [(1 - level) / 2, (1 + level) / 2], axis=0)
-    n = [int((groups == g).sum()) for g in order]
+    n, means = [int((groups == g).sum()) for g in order], group_means(values, groups, order)
+    of_group = [len(np.unique(unit[groups == g])) for g in order]
+    fewest = min(count for count in of_group if count)
+    # a macro average over groups of other patients rests on all of them, but no group counts for more than the smallest
+    macro = min(fewest * np.count_nonzero(of_group), n_units)
+    for i, count in enumerate([*of_group, macro, n_units]):
+        if _no_width(low[i], high[i]): low[i], high[i] = alike_interval(means[i], count, bounds, level)
     return pd.DataFrame(
-        {"mean": group_means(values, groups, order), "ci_low": low, "ci_high": high, "n": [*n, sum(n), sum(n)]},
-        index=[*order, "Macro", "Overall"],
+        {"mean": means, "ci_low": low, "ci_high": high, "n": [*n, sum(n), sum(n)]}, index=[*order, "Macro", "Overall"],
     )
 
 # %% ../nbs/01_metrics.ipynb #29ba212c
@@ -472,7 +495,32 @@ def _percentiles(samples, level):
     defined = (~np.isnan(samples)).sum(0)
     ends = np.full((2, len(defined)), np.nan)
     ends[:, defined > 0] = np.nanquantile(samples[:, defined > 0], [(1 - level) / 2, (1 + level) / 2], axis=0)
-    return {"ci_low": ends[0], "ci_high": ends[1], "draws": defined}
+    return ends, defined
+
+# %% ../nbs/01_metrics.ipynb #f2a8b7fc
+def _score_units(labels, called, units):
+    "Independent units that enter each of SCORES; for an AUC pairs of them."
+    count = lambda mask: len(np.unique(np.asarray(units)[mask]))
+    negative, positive, both = count(labels == 0), count(labels == 1), count(labels >= 0)
+    pairs = min(negative, positive, both // 2)
+    return np.array([pairs, both, count(called | (labels == 1)), count(called), positive, both])
+
+def _alike_score(name, value, units, bounds, level):
+    "Ends of a score, or with bounds from -1 of a difference of two, that is the same in every unit."
+    if name != "f1": return alike_interval(value, units, bounds, level)
+    if bounds[0] < 0:
+        reach = alike_interval(0.0, units, bounds, level)[1] if abs(value) < 1e-12 else np.nan
+        return -2 * reach / (1 + reach), 2 * reach / (1 + reach)
+    low, high = alike_interval(value / (2 - value), units, bounds, level)
+    return 2 * low / (1 + low), 2 * high / (1 + high)
+
+def _score_ends(names, value, samples, units, bounds, level):
+    "Percentile interval of each score, the exact one where nothing varies, none for a single unit."
+    ends, defined = _percentiles(samples, level)
+    alike = np.array([_no_width(*pair) for pair in ends.T]) & (units > 1)
+    ends[:, units < 2] = np.nan
+    for i in np.flatnonzero(alike): ends[:, i] = _alike_score(names[i], value[i], units[i], bounds, level)
+    return {"ci_low": ends[0], "ci_high": ends[1], "draws": defined, "units": units, "alike": alike}
 
 # %% ../nbs/01_metrics.ipynb #75b089aa
 def score_intervals(
@@ -483,13 +531,18 @@ def score_intervals(
     draws: int = 2000,  # bootstrap samples
     level: float = 0.95,  # of the interval, between 0 and 1
     seed: int = 0,  # of the resampling
-) -> pd.DataFrame:  # index: SCORES; columns: value, ci_low, ci_high, draws (in which it is defined), n, positives
-    "Classification scores with percentile bootstrap intervals over units; raises what `classification_scores` does."
+) -> pd.DataFrame:  # SCORES by value, ci_low, ci_high, draws (in which it is defined), units, alike, n, positives
+    """Classification scores with percentile bootstrap intervals over units, exact ones where nothing varies.
+
+    `units` is how many enter the score, of an AUC the pairs without a unit in common;
+    below 2 there is no interval; `alike`, whether it is exact. Raises what `classification_scores` does.
+    """
     labels, scores = _labelled(labels, scores, threshold)
     if len(units) != len(labels): raise ValueError(f"{len(labels)} images but {len(units)} units")
     value = _weighted_scores(labels, scores, threshold, np.ones((1, len(labels))))[0]
     samples = [_weighted_scores(labels, scores, threshold, w) for w in _draws(units, draws, level, seed)]
-    found = {"value": value} | _percentiles(np.concatenate(samples), level)
+    enter = _score_units(labels, scores >= threshold, units)
+    found = {"value": value} | _score_ends(SCORES, value, np.concatenate(samples), enter, (0, 1), level)
     return pd.DataFrame(found, index=SCORES).assign(n=len(labels), positives=int(labels.sum()))
 
 def score_differences(
@@ -501,7 +554,7 @@ def score_differences(
     draws: int = 2000,  # bootstrap samples
     level: float = 0.95,  # of the interval, between 0 and 1
     seed: int = 0,  # of the resampling
-) -> pd.DataFrame:  # SCORES without prevalence by before, after, difference, ci_low, ci_high, draws, n, positives
+) -> pd.DataFrame:  # before, after, difference, then as `score_intervals` has them; no prevalence
     """What a change of the images does to each score, with an interval for the difference.
 
     Both sides are scored on the same resampled patients: their scores go up and
@@ -513,5 +566,7 @@ def score_differences(
     def both(weights): return [_weighted_scores(labels, s, threshold, weights)[:, :-1] for s in (before, after)]
     (was,), (now,) = both(np.ones((1, len(labels))))
     samples = np.concatenate([np.subtract(*both(w)[::-1]) for w in _draws(units, draws, level, seed)])
-    found = {"before": was, "after": now, "difference": now - was} | _percentiles(samples, level)
-    return pd.DataFrame(found, index=SCORES[:-1]).assign(n=len(labels), positives=int(labels.sum()))
+    enter, names = _score_units(labels, (before >= threshold) | (after >= threshold), units)[:-1], SCORES[:-1]
+    found = {"before": was, "after": now, "difference": now - was}
+    found |= _score_ends(names, now - was, samples, enter, (-1, 1), level)
+    return pd.DataFrame(found, index=names).assign(n=len(labels), positives=int(labels.sum()))

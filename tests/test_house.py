@@ -5,6 +5,7 @@ import re
 from configparser import ConfigParser
 from importlib import metadata
 
+import pandas as pd
 import pytest
 from conftest import ROOT, tracked
 from packaging.requirements import Requirement
@@ -121,6 +122,14 @@ def test_committed_results_are_one_clean_run_of_the_demo():
     read = records["F_page"]["inputs"]
     for name, digest in read.items(): assert core.sha256(ROOT / "outputs/demo" / name) == digest, f"the page shows another {name}"
     assert {f"records/{name}.json" for name in records if name != "F_page"} <= set(read)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "outputs/demo/tables").glob("*.csv")), ids=lambda path: path.stem)
+def test_no_committed_interval_has_no_width(path):
+    table = pd.read_csv(path)
+    if "ci_low" not in table: return
+    sure = table[table.ci_high - table.ci_low <= 1e-12]
+    assert sure.empty, f"{path.name}: measured, and as sure as if it were counted:\n{sure.to_string()}"
 
 
 def test_committed_results_hold_no_report_text_and_no_local_path():

@@ -10,7 +10,7 @@ import pytest
 import skimage.metrics
 import torch
 from scipy.spatial.distance import cdist
-from scipy.stats import norm
+from scipy.stats import binomtest, norm
 from sklearn import metrics as sk
 from torchmetrics.image.fid import FrechetInceptionDistance, NoTrainInceptionV3
 from torchmetrics.image.kid import KernelInceptionDistance, poly_mmd
@@ -18,8 +18,8 @@ from torchmetrics.image.kid import KernelInceptionDistance, poly_mmd
 from cxr_nb import judges
 from cxr_nb.judges import features, layer_features, load_classifier, load_extractor, probabilities
 from cxr_nb.metrics import (
-    SCORES, FeatureStatistics, classification_scores, disjoint_halves, frechet_by_batches, frechet_distance,
-    frechet_floor, kernel_distance, precision_recall_density_coverage, psnr, rmse, score_differences, score_intervals,
+    SCORES, FeatureStatistics, alike_interval, classification_scores, disjoint_halves, frechet_by_batches, frechet_distance,
+    frechet_floor, group_mean_intervals, kernel_distance, precision_recall_density_coverage, psnr, rmse, score_differences, score_intervals,
     squared_mmd, ssim, ssim_map,
 )
 
@@ -220,6 +220,93 @@ def test_differences_are_of_the_same_patients(rng):
     with pytest.raises(ValueError, match="200 images but 1 units"): score_differences(labels, before, after, 0.5, [1])
     with pytest.raises(ValueError, match="score of image 0 is -0.1"): score_differences(labels, before, np.full(200, -0.1), 0.5, patients)
     with pytest.raises(ValueError, match="2 draws or more"): score_intervals(labels, before, 0.5, patients, draws=1)
+
+
+def clopper_pearson(hits, n): return list(binomtest(hits, n).proportion_ci())
+
+
+@pytest.mark.parametrize(("right", "wrong"), [(5, 0), (0, 5), (98, 0)])
+def test_scores_that_are_alike_in_all_patients_have_the_exact_interval(right, wrong):
+    "Positives alone: accuracy and recall are the share of hits, precision is sure where there is a hit."
+    n = right + wrong
+    found = score_intervals([1] * n, [0.9] * right + [0.1] * wrong, 0.5, np.arange(n), draws=50)
+    for name in ("accuracy", "recall"): assert found.loc[name, ["ci_low", "ci_high"]].tolist() == pytest.approx(clopper_pearson(right, n))
+    if right: assert found.loc["precision", ["ci_low", "ci_high"]].tolist() == pytest.approx(clopper_pearson(right, right))
+    if (right, n) == (5, 5): assert found.ci_low["accuracy"] == pytest.approx(0.478, abs=5e-4)
+    if right == 98: assert found.ci_low["precision"] == pytest.approx(0.963, abs=5e-4)
+    assert found.ci_low["f1"] <= found.value["f1"] <= found.ci_high["f1"] and found.ci_high["f1"] > found.ci_low["f1"]
+
+
+def test_three_images_of_each_patient_are_one_observation():
+    found = score_intervals([1] * 15, [0.9] * 15, 0.5, np.repeat(np.arange(5), 3), draws=50)
+    assert found.loc["recall", ["ci_low", "ci_high"]].tolist() == pytest.approx(clopper_pearson(5, 5)) and found.units["recall"] == 5
+
+
+@pytest.mark.parametrize("scores", [[0.2, 0.9, 0.8, 0.1], [0.9, 0.9, 0.2, 0.2], [0.5] * 4])
+def test_a_single_patient_has_no_interval(scores):
+    for found in (score_intervals([0, 1, 1, 0], scores, 0.5, ["a"] * 4, draws=50), score_differences([0, 1, 1, 0], scores, [0.4] * 4, 0.5, ["a"] * 4, draws=50)):
+        assert found[["ci_low", "ci_high"]].isna().all(axis=None)
+    rows = group_mean_intervals(scores, ["x"] * 4, ["a"] * 4, ["x"], draws=50, bounds=(0, 1))
+    assert rows[["ci_low", "ci_high"]].isna().all(axis=None)
+
+
+def test_one_positive_patient_is_no_sample_of_positives(rng):
+    found = score_intervals(np.arange(40) == 0, rng.random(40), 0.5, np.arange(40), draws=200)
+    assert found.ci_low[["auc", "recall"]].isna().all() and found.ci_low[["accuracy", "prevalence"]].notna().all()
+
+
+@pytest.mark.parametrize(("negatives", "positives", "shared", "pairs"), [(3, 3, False, 3), (3, 40, False, 3), (50, 50, True, 25), (9, 4, True, 4)])
+def test_an_auc_of_two_sides_apart(negatives, positives, shared, pairs):
+    labels, units = np.repeat([0, 1], [negatives, positives]), np.arange(negatives + positives)
+    if shared: units = np.r_[np.arange(negatives), np.arange(positives)]  # both images of a noise
+    for scores, value in ((0.1 + 0.8 * labels, 1), (0.9 - 0.8 * labels, 0), (np.full(len(labels), 0.7), 0.5)):
+        auc = score_intervals(labels, scores, 0.5, units, draws=50).loc["auc"]
+        assert auc.value == value and auc.units == pairs
+        if value != 0.5: assert [auc.ci_low, auc.ci_high] == pytest.approx(clopper_pearson(value * pairs, pairs))
+        else: assert 0 < auc.ci_low < 0.5 < auc.ci_high < 1
+
+
+def test_no_distribution_separates_more_often_than_the_interval_allows(rng):
+    "A true AUC below the lower end is met with two sides apart in at most 2.5 %: also where one side is at one value."
+    for pairs, negatives, positives in ((4, 4, 4), (4, 4, 30)):
+        true = alike_interval(1.0, pairs)[0]
+        apart = [(rng.random(negatives) > 1 - true).all() for _ in range(8000)]  # all positives lie at one value
+        assert np.mean(apart) == pytest.approx(0.025, abs=0.006)
+        apart = [rng.normal(size=negatives).max() < rng.normal(np.sqrt(2) * norm.ppf(true), 1, positives).min() for _ in range(4000)]
+        assert np.mean(apart) < 0.031
+
+
+@pytest.mark.parametrize("bounds", [(0, 1), (0, 100), (-1, 1)])
+def test_means_alike_in_all_patients(bounds):
+    "The true mean of patients of whom a share differs is covered, wherever the rest stand."
+    rng, (low, high) = np.random.default_rng(1), bounds
+    for value in (low, high, 0.3 * low + 0.7 * high):
+        ends = alike_interval(value, 12, bounds)
+        assert low <= ends[0] <= value <= ends[1] <= high and ends[0] < ends[1]
+        for other in (low, high):
+            share = rng.random(4000) * 0.6  # of patients who differ, a true one each time
+            seen = rng.random(4000) < (1 - share) ** 12
+            outside = (share * other + (1 - share) * value < ends[0] - 1e-12) | (share * other + (1 - share) * value > ends[1] + 1e-12)
+            assert (seen & outside & (share > 1 - 0.025 ** (1 / 12))).sum() == (seen & outside).sum()
+
+
+def test_differences_that_are_zero_for_everybody(rng):
+    labels, before = rng.integers(0, 2, 60), rng.random(60)
+    same = score_differences(labels, before, before, 0.5, np.arange(60), draws=50)
+    assert (same.difference == 0).all() and (same.ci_high > 0).all() and np.allclose(same.ci_low, -same.ci_high)
+    assert same.ci_high["accuracy"] == pytest.approx(clopper_pearson(0, 60)[1]) and same.ci_high["recall"] == pytest.approx(clopper_pearson(0, labels.sum())[1])
+    better = score_differences(labels, 1 - labels, 1.0 * labels, 0.5, np.arange(60), draws=50)  # all wrong, then all right
+    assert better.difference["accuracy"] == 1 and better.ci_low["accuracy"] == pytest.approx(1 - 2 * clopper_pearson(0, 60)[1]) and better.ci_high["accuracy"] == 1
+
+
+def test_group_means_that_are_all_alike():
+    scores, groups, units = np.full(30, 100.0), np.repeat(["a", "b", "c"], 10), np.arange(30)
+    found = group_mean_intervals(scores, groups, units, ["a", "b", "c"], draws=20, bounds=(0, 100))
+    assert found.ci_low["a"] == pytest.approx(100 * clopper_pearson(10, 10)[0]) and (found.ci_high == 100).all()
+    assert found.ci_low["Macro"] == found.ci_low["Overall"] == pytest.approx(100 * clopper_pearson(30, 30)[0])
+    shared = group_mean_intervals(scores, groups, np.tile(np.arange(10), 3), ["a", "b", "c"], draws=20, bounds=(0, 100))
+    assert shared.ci_low["Macro"] == pytest.approx(100 * clopper_pearson(10, 10)[0]), "ten patients in all groups are ten"
+    assert group_mean_intervals(scores, groups, units, ["a", "b", "c"], draws=20)[["ci_low", "ci_high"]].isna().all(axis=None)
 
 
 @pytest.mark.parametrize("zipped", [True, False])
