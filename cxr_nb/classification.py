@@ -132,7 +132,9 @@ def effusion_scores(
     why = classification_scores(labels, scores, threshold)["undefined"]
     found["note"] = np.where(found.value.isna(), why, _exact_notes(found, rows))
     called = int((scores >= threshold).sum())
-    if called: found.loc["precision", "note"] = f"{called} images called positive; {found.note['precision']}".strip("; ")
+    if called:
+        exact = found.note["precision"]
+        found.loc["precision", "note"] = f"{called} images called positive" + (f"; {exact}" if exact else "")
     # as many as were drawn
     if (rows.patient_id == "").all(): found.loc["prevalence", ["ci_low", "ci_high", "note"]] = np.nan, np.nan, ""
     found = found.rename(columns={"value": "measured"}).rename_axis("column").reset_index()

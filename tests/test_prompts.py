@@ -1,0 +1,83 @@
+"What a prompt asks for, by hand: Table 4 picks its real images by it."
+import pytest
+
+from cxr_nb.core import published, slug
+from cxr_nb.generation import given_findings, prompt_finding
+
+EFFUSION, NONE, REFUSED = "pleural effusion", "no finding", "is not clear from"
+
+# as text and as the slug that names a folder
+BOTH = {
+    "A photo of a lung xray": NONE, "A photo in the style of a lung xray": NONE, "A photo of a lung xray with a visible pleural effusion": EFFUSION,
+    "A lung xray with no pleural effusion": NONE, "effusion": EFFUSION, "effusions": EFFUSION, "A lung xray with an effusion": EFFUSION,
+    "bilateral pleural effusions": EFFUSION, "a hydrothorax": EFFUSION, "chest x-ray, pericardial effusion": REFUSED, "no pericardial effusion": NONE,
+    "pericardial and pleural effusions": EFFUSION, "a chest radiograph without pleural effusion": NONE,
+    "a lung xray without any sign of an effusion": NONE, "lungs free of effusion": NONE, "lungs free from pleural effusion": NONE,
+    "absence of pleural effusion": NONE, "negative for pleural effusion": NONE, "a normal lung rather than a pleural effusion": NONE,
+    "effusion is absent": NONE, "no evidence of pleural effusion": NONE, "not a pleural effusion": NONE, "a resolved pleural effusion": NONE,
+    "the pleural effusion has resolved": NONE, "pleural effusion ruled out": NONE, "no pneumothorax but a pleural effusion": EFFUSION,
+    "a pleural effusion but no pneumothorax": EFFUSION, "no pleural effusion but cardiomegaly": REFUSED, "no pneumothorax or pleural effusion": NONE,
+    "neither pneumothorax nor effusion": NONE, "no pneumothorax, no pleural effusion": NONE, "no pneumothorax, pleural effusion": REFUSED,
+    "no pneumothorax and pleural effusion": REFUSED, "no pneumothorax and no pleural effusion": NONE,
+    "a pleural effusion and no pneumothorax": EFFUSION, "a pleural effusion without pneumothorax": EFFUSION,
+    "pleural effusion with no other abnormality": EFFUSION, "no abnormality except a pleural effusion": EFFUSION,
+    "normal lung apart from a pleural effusion": EFFUSION, "nothing but a pleural effusion": EFFUSION, "anything but a pleural effusion": NONE,
+    "a lung xray that doesn't show a pleural effusion": NONE, "there isn't an effusion": NONE, "pleural effusion is not seen": NONE,
+    "pleural effusion isn't visible": NONE, "effusion-free lungs": NONE, "no longer a pleural effusion": NONE,
+    "pleural effusion no longer visible": NONE, "unresolved pleural effusion": EFFUSION, "no change in pleural effusion": EFFUSION,
+    "not only pneumothorax but also a pleural effusion": EFFUSION, "possible pleural effusion": REFUSED, "rule out pleural effusion": REFUSED,
+    "history of pleural effusion": REFUSED, "cardiomegaly": REFUSED, "no acute findings": NONE, "no finding": NONE, "a normal chest xray": NONE,
+    "a lung xray with pneumonia and a pleural effusion": EFFUSION, "lung xray: no effusion; pneumothorax": REFUSED,
+    "no focal consolidation, pneumothorax, or pleural effusion": NONE, "no effusion, consolidation, or pneumothorax": NONE,
+    "possible pneumonia or pleural effusion": REFUSED, "a pleural effusion and a pneumothorax are absent": NONE,
+    "a pleural effusion and pneumothorax is absent": REFUSED, "no consolidation, effusion and pneumothorax": REFUSED,
+    "no effusion, and cardiomegaly": REFUSED, "a pleural effusion, pneumothorax absent": REFUSED,
+    "effusion or pneumothorax has been ruled out": REFUSED, "lungs without effusion, edema or pneumonia": NONE,
+    "a pleural effusion or a pneumothorax": EFFUSION, "no evidence for an effusion": NONE, "effusion: absent": NONE, "effusion - negative": NONE,
+    "an effusion that is not small": REFUSED, "not effusion": NONE, "no effusion is seen": NONE, "no effusion is present": NONE,
+    "no visible pleural effusion is seen here": NONE, "a lung xray lacking a pleural effusion": NONE, "NO PLEURAL EFFUSION": NONE,
+    "pleural effusion: none": NONE, "large left pleural effusion, no pneumothorax": EFFUSION, "a lung x-ray w/o effusion": NONE,
+    "not without a pleural effusion": EFFUSION, "pleural effusion cannot be excluded": REFUSED, "pleural thickening": REFUSED,
+    "no left pleural effusion but a right pleural effusion": EFFUSION, "effusion not present": NONE, "a small effusion": EFFUSION,
+    "a photo of a lung xray with visible pleural effusion": EFFUSION, "pleural fluid": EFFUSION, "the absence of any effusion": NONE,
+    "a radiograph of a patient who does not have a pleural effusion": NONE, "a patient not presenting with pleural effusion": REFUSED,
+    "a pleural effusion instead of a pneumothorax": EFFUSION, "a pneumothorax instead of a pleural effusion": REFUSED, "clear of effusion": NONE,
+    "non-effusion xray": NONE, "a lung with pleural effusions on both sides, not a fracture": EFFUSION, "devoid of pleural effusion": NONE,
+    "pleural effusion has been excluded": NONE, "pleural effusion absent": NONE, "no pleural effusion or pneumothorax": NONE,
+    "no pneumothorax, with a pleural effusion": EFFUSION, "no pleural effusion, no pneumothorax, no consolidation": NONE,
+    "a pneumothorax and a pleural effusion are absent": NONE, "clear lungs, no effusion": NONE, "there is no effusion": NONE,
+    "no obvious or visible effusion": NONE, "pleural effusion? no": NONE, "the effusion has cleared": NONE, "the effusion was drained": REFUSED,
+    "a lung xray with the effusion gone": NONE, "an xray never showing effusion": NONE, "Eine Lunge ohne Pleuraerguss": REFUSED,
+    "all findings except pleural effusion": REFUSED, "an effusion on both sides": EFFUSION, "no sign of any abnormality": NONE,
+}
+# a folder's name has lost what these hang on
+TEXT = {
+    "No pneumothorax. Large pleural effusion.": EFFUSION, "no signs of pneumonia; a pleural effusion on the left": EFFUSION,
+    "effusion (small)": EFFUSION, "Is there an effusion? None.": NONE,
+}
+
+
+@pytest.mark.parametrize(("prompt", "finding"), [*BOTH.items(), *((slug(p), f) for p, f in BOTH.items()), *TEXT.items()])
+def test_what_a_prompt_asks_for(prompt, finding):
+    if finding is not REFUSED: assert prompt_finding(prompt) == finding
+    else:
+        with pytest.raises(ValueError, match=f"{finding}.*say it in findings") as caught: prompt_finding(prompt)
+        assert "\n" not in str(caught.value)
+
+
+def test_what_a_list_leaves_open_without_its_stops_is_not_guessed():
+    for prompt in list(TEXT)[:2]:
+        with pytest.raises(ValueError, match=REFUSED): prompt_finding(slug(prompt))
+
+
+def test_printed_prompts_keep_their_finding():
+    for prompt in published("table_4").prompt.dropna():
+        assert prompt_finding(prompt) == prompt_finding(slug(prompt)) == (EFFUSION if "effusion" in prompt else NONE)
+
+
+def test_a_person_can_say_it():
+    prompt = "A blunted angle, possible effusion"
+    assert prompt_finding(prompt, [f"{prompt} = no finding"]) == prompt_finding(slug(prompt), [f"{prompt} = no finding"]) == NONE
+    assert prompt_finding("a = b", ["a = b = pleural effusion"]) == EFFUSION
+    for line in ("no equals sign", "a prompt = edema", "= no finding"):
+        with pytest.raises(ValueError, match="write a prompt = no finding or pleural effusion"): given_findings([line])
