@@ -56,11 +56,12 @@ def generated_images(
     "The images of sets; raises ValueError for a folder that does not hold what its record says."
     parts = []
     for one in sets.itertuples():
-        there = sorted(path.name for path in (Path(folder) / one.folder).glob("[0-9]*.png"))
-        if there != [f"{i:04}.png" for i in range(one.n)]:
-            raise ValueError(f"{one.folder}: holds {len(there)} images, its record says {one.n}; draw them again")
+        names, there = [f"{i:04}.png" for i in range(one.n)], {p.name for p in (Path(folder) / one.folder).glob("[0-9]*.png")}
+        if there != set(names):
+            other = ", ".join(sorted(there ^ set(names))[:3])
+            raise ValueError(f"{one.folder}: holds {len(there)} images, its record says {one.n}; draw them again ({other})")
         keys = {"method": one.method, "variant": one.variant, "prompt": one.prompt, "image": range(one.n)}
-        parts.append(pd.DataFrame(keys).assign(patient_id="", path=[f"{one.folder}/{name}" for name in there]))
+        parts.append(pd.DataFrame(keys).assign(patient_id="", path=[f"{one.folder}/{name}" for name in names]))
     return pd.concat(parts, ignore_index=True)
 
 # %% ../nbs/28_classification.ipynb #6adc12a5

@@ -195,3 +195,15 @@ def test_a_judge_finds_effusions_in_phantoms_and_tells_when_they_are_swapped(tmp
     def as_generated(part): return part.assign(method="unet", patient_id="", image=range(len(part)))
     assert gap_verdict(gap_scores((as_generated(low), as_generated(high)), (low, high), draws=300)) == "the finding"
     assert gap_verdict(gap_scores((as_generated(high), as_generated(low)), (low, high), draws=300)) == "reversed"
+
+
+def test_a_set_of_more_images_than_four_digits_count(tmp_path):
+    "As text 10000.png stands between 1000.png and 1001.png."
+    place, n = tmp_path / "images/unet/v/no", 10001
+    place.mkdir(parents=True)
+    for i in range(n): (place / f"{i:04}.png").touch()
+    sets = pd.DataFrame([["unet", "v", "no", "images/unet/v/no", n]], columns=["method", "variant", "prompt", "folder", "n"])
+    found = generated_images(tmp_path, sets)
+    assert len(found) == n and (found.path == [f"images/unet/v/no/{i:04}.png" for i in found.image]).all() and found.path.iloc[-1].endswith("/10000.png")
+    (place / "0500.png").rename(place / "10001.png")
+    with pytest.raises(ValueError, match=r"holds 10001 images, its record says 10001; draw them again \(0500.png, 10001.png\)"): generated_images(tmp_path, sets)
