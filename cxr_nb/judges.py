@@ -24,6 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
+from .checkpoints import find_checkpoint, split_place
 from .core import find_path, sha256, torch_device, written_whole
 
 # %% ../nbs/04_judges.ipynb #d0ebfb92
@@ -175,11 +176,9 @@ def _published_classifier(name):
     model.op_threshs = torch.tensor(about["op_threshs"])
     return Classifier(name, model, list(about["labels"]), about["input_resolution"], sha256(path))
 
-def _local_classifier(folder):
-    what = f"classifier {folder}"
-    lost = [name for name in ("config.json", "model.safetensors") if not (folder / name).is_file()]
-    if lost: raise FileNotFoundError(f"{what}: {' and '.join(lost)} not found in this folder")
-    path = folder / "model.safetensors"
+def _local_classifier(folder, name):
+    "A classifier from a folder that has its files."
+    what, path = f"classifier {folder}", folder / "model.safetensors"
     try: config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except ValueError as error: raise ValueError(f"{what}: config.json is not JSON ({error})") from None
     _check_config(config, what)
@@ -188,20 +187,28 @@ def _local_classifier(folder):
     except (RuntimeError, SafetensorError) as error:
         why = " ".join(str(error).split())[:200]
         raise ValueError(f"{what}: model.safetensors does not fit config.json or is not whole ({why})") from None
-    return Classifier(folder.name, model, list(config["targets"]), config["image_size"], sha256(path))
+    return Classifier(name, model, list(config["targets"]), config["image_size"], sha256(path))
 
 # %% ../nbs/04_judges.ipynb #07016bcd
+_FILES = [[("config.json",)], [("model.safetensors",)]]
+
+def _place(source, needs, what):
+    "The folder of a classifier or a vision model, and its name."
+    location, revision = split_place(str(source))
+    folder = find_checkpoint(location, revision, needs, f"{what} {source}", "name that folder in its place")
+    return folder, Path(location).name
+
 def load_classifier(
-    source: str | Path,  # a name of torchxrayvision's DenseNet weights, or a folder
+    source: str | Path,  # a name of torchxrayvision's DenseNet weights, a folder, or a hub id with or without @revision
     device: str = "cpu",  # torch device, or "auto"
 ) -> Classifier:
-    """Load one of torchxrayvision's classifiers, fetched once into the user's home, or one from a folder.
+    """Load one of torchxrayvision's classifiers, fetched once into the user's home, or one from a folder or the hub.
 
     Raises FileNotFoundError where files are not to be had, with what to download
     and where to put it, and ValueError for an unknown name or other weights.
     """
-    folder = find_path(str(source))
-    if folder.is_dir(): classifier = _local_classifier(folder)
+    if find_path(source).is_dir() or "/" in str(source):
+        classifier = _local_classifier(*_place(source, lambda names: _FILES, "classifier"))
     else:
         from torchxrayvision.models import model_urls
         names = [name for name in model_urls if name.startswith("densenet")]
@@ -282,7 +289,8 @@ def _inception(layer, device):
     return Extractor(name, f"{RESIZE}, to {network.INPUT_IMAGE_SIZE}", embed)
 
 # %% ../nbs/04_judges.ipynb #7b0f5d11
-def _vision_model(folder, device):
+def _vision_model(folder, name, device):
+    "A vision model of transformers, fed as the file beside it says."
     from transformers import AutoModel
     told = json.loads((folder / "preprocessor_config.json").read_text(encoding="utf-8"))
     if lost := [key for key in ("size", "image_mean", "image_std") if key not in told]:
@@ -296,16 +304,18 @@ def _vision_model(folder, device):
     def embed(images):
         colour = _resized(images.to(model.device).expand(-1, 3, -1, -1), size)
         return model(pixel_values=(colour - mean) / std).pooler_output.flatten(1)
-    return Extractor(folder.name, f"{RESIZE}, to {size}", embed)
+    return Extractor(name, f"{RESIZE}, to {size}", embed)
 
 # %% ../nbs/04_judges.ipynb #3e196055
 def load_extractor(
-    source: str | Path,  # "inception", "inception-64" (or -192, -768), a vision model's folder, a classifier's
+    source: str | Path,  # "inception", "inception-64" (or -192, -768), a vision model's place, a classifier's
     device: str = "cpu",  # torch device, or "auto"
 ) -> Extractor:
     "Load a feature extractor; raises what `load_classifier` raises, and ValueError for a vision model that does not open."
-    folder = find_path(source)
-    if (folder / "preprocessor_config.json").is_file(): return _vision_model(folder, device)
+    vision = lambda names: _FILES + [[("preprocessor_config.json",)]] * ("preprocessor_config.json" in names)
+    if find_path(source).is_dir() or "/" in str(source):
+        folder, name = _place(source, vision, "extractor")
+        if (folder / "preprocessor_config.json").is_file(): return _vision_model(folder, name, device)
     inception = re.fullmatch(r"inception(?:-(64|192|768|2048))?", str(source))
     if inception: return _inception(inception[1] or "2048", device)
     return classifier_extractor(load_classifier(source, device))

@@ -9,7 +9,6 @@ __all__ = ['COMPONENTS', 'SCHEDULERS', 'components_folder', 'load_component', 'l
 
 # %% ../nbs/22_stable_diffusion.ipynb #b37b6889
 import json
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,7 +17,8 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
-from .core import find_path, sha256, torch_device, written_whole
+from .checkpoints import choose_files, files_in, find_checkpoint, split_place
+from .core import sha256, torch_device, written_whole
 from .judges import unit_images
 
 # %% ../nbs/22_stable_diffusion.ipynb #96036f74
@@ -31,35 +31,10 @@ COMPONENTS = {  # part -> what it needs, each thing in one of several forms, the
     "scheduler": [[("scheduler_config.json",)]],
 }
 
-def _choose(names, parts):
-    "Files of these parts in a listing, and what it lacks, as text."
-    files, lacks = [], []
-    for part in parts:
-        for forms in COMPONENTS[part]:
-            forms = [[f"{part}/{file}" for file in form] for form in forms]
-            found = next((form for form in forms if all(file in names for file in form)), None)
-            if found: files += found
-            else: lacks.append(" or ".join(" and ".join(form) for form in forms))
-    return files, lacks
-
-def _listing(folder): return [p.relative_to(folder).as_posix() for p in Path(folder).rglob("*") if p.is_file()]
-
-# %% ../nbs/22_stable_diffusion.ipynb #40d357db
-def _cached(location, revision, parts):
-    "The snapshot in the local cache where it has these parts, or None."
-    from huggingface_hub import snapshot_download
-    small = [f"{part}/*config.json" for part in parts]
-    try: folder = snapshot_download(location, revision=revision, allow_patterns=small, local_files_only=True)
-    except FileNotFoundError: return None
-    return None if _choose(_listing(folder), parts)[1] else Path(folder)
-
-def _fetched(location, revision, parts):
-    "The snapshot with these parts from the hub."
-    from huggingface_hub import HfApi, snapshot_download
-    files, _ = _choose(HfApi().list_repo_files(location, revision=revision), parts)
-    # a tokenizer's further files are small, and say how it treats its input
-    wanted = files + ["tokenizer/*.json"] * ("tokenizer" in parts)
-    return Path(snapshot_download(location, revision=revision, allow_patterns=wanted))
+def _needs(parts):
+    "What these parts need, as `choose_files` asks it."
+    inside = lambda part, form: tuple(f"{part}/{file}" for file in form)
+    return [[inside(part, form) for form in forms] for part in parts for forms in COMPONENTS[part]]
 
 # %% ../nbs/22_stable_diffusion.ipynb #1537244a
 def components_folder(
@@ -69,23 +44,13 @@ def components_folder(
     """Folder of a model: the given one, the cached snapshot, or a fresh download of these parts.
 
     Raises FileNotFoundError with what to download and where to put it where it
-    is neither here nor to be had, and for a folder that lacks files.
+    is neither here nor to be had, and for a folder that lacks files, and what
+    `find_checkpoint` raises for other files than the hub announced.
     """
-    what, folder = f"Stable Diffusion {source}", find_path(source)
-    if not folder.is_dir():
-        location, _, revision = source.partition("@")
-        if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", location): raise FileNotFoundError(f"{what}: no such folder")
-        try: folder = _cached(location, revision or None, parts) or _fetched(location, revision or None, parts)
-        except Exception as error:  # a lost connection shows as any of several libraries' errors
-            at = f" --revision {revision}" if revision else ""
-            raise FileNotFoundError(
-                f"{what}: no folder here, not in the local cache, "
-                f"and the hub did not give it ({type(error).__name__}); where there is a network run "
-                f"'hf download {location}{at} --local-dir FOLDER' and set stable_diffusion to that folder"
-            ) from None
-    lacks = _choose(_listing(folder), parts)[1]
-    if lacks: raise FileNotFoundError(f"{what}: lacks {'; '.join(lacks)}")
-    return folder
+    # a tokenizer's further files are small, and say how it treats its input
+    besides = ["tokenizer/*.json"] * ("tokenizer" in parts)
+    instead = "set stable_diffusion to that folder"
+    return find_checkpoint(*split_place(source), lambda names: _needs(parts), "Stable Diffusion", instead, besides)
 
 # %% ../nbs/22_stable_diffusion.ipynb #6561860b
 def _load_quietly(kind, folder, **how):
@@ -190,9 +155,8 @@ def components_record(
     folder = components_folder(source, parts)
     # the cache keeps each commit of a repository in snapshots/<commit>
     revision = folder.name if folder.parent.name == "snapshots" else None
-    weights = [file for file in _choose(_listing(folder), parts)[0] if not file.endswith((".json", ".txt"))]
-    location = source if find_path(source).is_dir() else source.partition("@")[0]
-    return {"location": location, "revision": revision, "sha256": {file: sha256(folder / file) for file in weights}}
+    weights = [file for file in choose_files(files_in(folder), _needs(parts))[0] if not file.endswith((".json", ".txt"))]
+    return {"location": split_place(source)[0], "revision": revision, "sha256": {file: sha256(folder / file) for file in weights}}
 
 # %% ../nbs/22_stable_diffusion.ipynb #a86f8780
 def vae_factor(

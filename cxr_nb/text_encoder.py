@@ -19,7 +19,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from huggingface_hub import HfApi, snapshot_download
 from safetensors.torch import load_file
 from scipy.sparse import csr_matrix
 from sklearn.decomposition import TruncatedSVD
@@ -28,7 +27,8 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import Normalizer
 from tqdm.auto import tqdm
 
-from .core import find_path, sha256, torch_device
+from .checkpoints import find_checkpoint, split_place
+from .core import sha256, torch_device
 
 # %% ../nbs/24_text_encoder.ipynb #fda0ac4c
 @dataclass(frozen=True)
@@ -74,51 +74,18 @@ def encoder_source(
                 f"or give its place: '{name}=folder' or '{name}=hub/id@revision'"
             )
         return known
-    revision = None
-    if not find_path(location).is_dir(): location, _, revision = location.partition("@")
-    return EncoderSource(name, location, revision or None, known.lower_case if known else None)
+    return EncoderSource(name, *split_place(location), known.lower_case if known else None)
 
 # %% ../nbs/24_text_encoder.ipynb #28ad9ee8
 _WEIGHTS = ["model.safetensors", "pytorch_model.bin"]
 
-def _missing_files(names):
-    "What a listing of a checkpoint lacks, as a readable list; empty where it is complete."
+def _needs(names):
+    "What an encoder needs, as `choose_files` asks it: one of Stable Diffusion has its files in folders."
     clip = any(name.startswith("text_encoder/") for name in names)
     model, words = ("text_encoder/", "tokenizer/") if clip else ("", "")
-    vocabularies = (
-        [("vocab.json", "merges.txt"), ("tokenizer.json",)] if clip else [("vocab.txt",), ("tokenizer.json",)]
-    )
-    vocabularies = [[words + file for file in files] for files in vocabularies]
-    missing = [] if model + "config.json" in names else [model + "config.json"]
-    if not any(model + w in names for w in _WEIGHTS): missing.append(" or ".join(model + w for w in _WEIGHTS))
-    if not any(all(f in names for f in v) for v in vocabularies):
-        missing.append(" or ".join(" and ".join(v) for v in vocabularies))
-    return missing
-
-def _files_in(folder):
-    return sorted(str(p.relative_to(folder).as_posix()) for p in Path(folder).rglob("*") if p.is_file())
-
-# %% ../nbs/24_text_encoder.ipynb #65b7db23
-_SMALL = ["config.json", "vocab.txt", "*token*.json", "tokenizer/*", "text_encoder/config.json"]
-
-def _download(source):
-    "Fetch one set of weights and the small files from the hub, or reuse the cache; returns the snapshot's folder."
-    wanted = dict(repo_id=source.location, revision=source.revision)
-    folder = snapshot_download(**wanted, allow_patterns=_SMALL)
-    names = HfApi().list_repo_files(**wanted)
-    prefix = "text_encoder/" if "text_encoder/config.json" in names else ""
-    weights = next((prefix + w for w in _WEIGHTS if prefix + w in names), None)
-    if weights: snapshot_download(**wanted, allow_patterns=[weights])
-    return Path(folder)
-
-def _cached(source):
-    "The complete snapshot in the local cache, or None."
-    try:
-        folder = Path(
-            snapshot_download(source.location, revision=source.revision, allow_patterns=_SMALL, local_files_only=True)
-        )
-    except FileNotFoundError: return None
-    return None if _missing_files(_files_in(folder)) else folder
+    vocabularies = [("vocab.json", "merges.txt") if clip else ("vocab.txt",), ("tokenizer.json",)]
+    weights = [(model + file,) for file in _WEIGHTS]
+    return [[(model + "config.json",)], weights, [tuple(words + file for file in form) for form in vocabularies]]
 
 # %% ../nbs/24_text_encoder.ipynb #40021909
 def checkpoint_folder(
@@ -127,27 +94,13 @@ def checkpoint_folder(
     """Folder of a checkpoint: the given one, the cached snapshot, or a fresh download.
 
     Raises FileNotFoundError with what to download and where to put it where it
-    is neither here nor to be had, and for a folder that lacks files.
+    is neither here nor to be had, and for a folder that lacks files, and what
+    `find_checkpoint` raises for other files than the hub announced.
     """
-    where = f"text encoder {source.name}"
-    folder = find_path(source.location)
-    if not folder.is_dir():
-        if not re.fullmatch(r"[\w.-]+/[\w.-]+", source.location):
-            raise FileNotFoundError(f"{where}: no folder {source.location}")
-        try: folder = _cached(source) or _download(source)
-        except Exception as error:  # a lost connection shows as any of several libraries' errors
-            at = f" --revision {source.revision}" if source.revision else ""
-            raise FileNotFoundError(
-                f"{where}: {source.location} is no folder here, not in the local cache, "
-                f"and the hub did not give it ({type(error).__name__}); where there is a network run "
-                f"'hf download {source.location}{at} --local-dir FOLDER' and name the encoder '{source.name}=FOLDER'"
-            ) from None
-    missing = _missing_files(_files_in(folder))
-    if missing:
-        raise FileNotFoundError(
-            f"{where}: {source.location} lacks {'; '.join(missing)}; it holds {', '.join(_files_in(folder)[:8]) or 'nothing'}"
-        )
-    return folder
+    what, instead = f"text encoder {source.name}", f"name the encoder '{source.name}=FOLDER'"
+    # files that say how the tokenizer treats its input
+    besides = ["*token*.json", "tokenizer/*.json", "tokenizer/*.txt"]
+    return find_checkpoint(source.location, source.revision, _needs, what, instead, besides)
 
 # %% ../nbs/24_text_encoder.ipynb #39edff71
 @dataclass

@@ -57,10 +57,21 @@ def run_in():
 
 @pytest.fixture
 def hub():
-    "A function that serves folders as repositories of a Hugging Face hub on this machine: (address, list of paths asked for)."
-    servers = []
+    """A function that serves folders as repositories of a Hugging Face hub on this machine: (address, list of paths asked for).
 
-    def serve(repositories, revision):
+    Weights are announced as large files. It can misbehave: `served` has other bytes for some names, `listing` changes the list of
+    files, `etag` the name of a file's content, `status` refuses a path, and of a path that is `silent` nothing is heard.
+    """
+    servers, end = [], threading.Event()
+
+    def entry(folder, name):
+        content = (folder / name).read_bytes()
+        found = {"type": "file", "path": name, "size": len(content), "oid": hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()}
+        large = name.endswith((".bin", ".safetensors"))
+        return found | ({"lfs": {"oid": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 134}} if large else {})
+
+    def serve(repositories, revision, served={}, listing=lambda tree: tree, etag=lambda entry: entry.get("lfs", entry)["oid"],
+              status=lambda path: None, silent=lambda method, path: False):
         asked = []
 
         class Hub(BaseHTTPRequestHandler):
@@ -73,15 +84,17 @@ def hub():
             def do_GET(self):
                 asked.append(self.path)
                 path = urlparse(self.path).path.lstrip("/")
+                if silent(self.command, path): return end.wait()
+                if status(path): return self.send_error(status(path))
                 for repository, folder in repositories.items():
+                    names = [p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()]
                     if path.startswith(f"api/models/{repository}"):
-                        files = [str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()]
-                        tree = [{"type": "file", "path": f, "size": (folder / f).stat().st_size, "oid": revision} for f in files]
-                        info = {"id": repository, "modelId": repository, "sha": revision, "siblings": [{"rfilename": f} for f in files]}
+                        tree = listing([entry(folder, name) for name in names])
+                        info = {"id": repository, "modelId": repository, "sha": revision, "siblings": [{"rfilename": e["path"]} for e in tree]}
                         return self.answer(json.dumps(tree if "/tree/" in path else info).encode(), Content_Type="application/json")
                     if path.startswith(f"{repository}/resolve/{revision}/"):
-                        file = folder / path.split(f"/resolve/{revision}/")[1]
-                        if file.is_file(): return self.answer(file.read_bytes(), ETag=f'"{hashlib.sha1(file.read_bytes()).hexdigest()}"')
+                        name = path.split(f"/resolve/{revision}/")[1]
+                        if name in names: return self.answer(served.get(name, (folder / name).read_bytes()), ETag=f'"{etag(entry(folder, name))}"')
                 self.send_error(404)
 
             do_HEAD = do_GET
@@ -89,11 +102,13 @@ def hub():
             def log_message(self, *args): pass
 
         server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+        server.daemon_threads = True
         threading.Thread(target=server.serve_forever, daemon=True).start()
         servers.append(server)
         return f"http://127.0.0.1:{server.server_port}", asked
 
     yield serve
+    end.set()
     for server in servers: server.shutdown()
 
 

@@ -9,7 +9,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 
-from cxr_nb import stable_diffusion
+from cxr_nb import checkpoints
 from cxr_nb.stable_diffusion import (
     SCHEDULERS, components_folder, components_record, decode, draw_latents, encode, encoder_hidden_states, gray, image_seeds,
     load_component, load_pipeline, sample, write_images)
@@ -191,8 +191,8 @@ def test_lost_files_are_named(folder, tmp_path):
 
 def test_hub_id_without_network_says_what_to_do(monkeypatch):
     def offline(*args): raise ConnectionError("no route to host\nand so on")
-    monkeypatch.setattr(stable_diffusion, "_cached", lambda *args: None)
-    monkeypatch.setattr(stable_diffusion, "_fetched", offline)
+    monkeypatch.setattr(checkpoints, "_cached", lambda *args: None)
+    monkeypatch.setattr(checkpoints, "_announced", offline)
     with pytest.raises(FileNotFoundError) as error: components_folder(f"CompVis/stable-diffusion-v1-4@{PINNED}")
     assert f"hf download CompVis/stable-diffusion-v1-4 --revision {PINNED} --local-dir FOLDER" in str(error.value)
     assert "set stable_diffusion to that folder" in str(error.value) and "\n" not in str(error.value)

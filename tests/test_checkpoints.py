@@ -1,0 +1,151 @@
+"From a place to a checked folder, against a hub on this machine that serves other bytes, lists other files, refuses, or says nothing."
+import hashlib
+import os
+import time
+
+import pytest
+from huggingface_hub import constants, snapshot_download
+
+from cxr_nb.checkpoints import NotAsAnnounced, find_checkpoint
+
+COMMIT = "1234567890abcdef1234567890abcdef12345678"
+NEEDS = [[("config.json",)], [("model.safetensors",), ("pytorch_model.bin",)]]
+
+
+@pytest.fixture
+def model(tmp_path):
+    (tmp_path / "model").mkdir()
+    for name, content in {"config.json": b"{}", "model.safetensors": bytes(1000), "tokenizer.json": b'{"a": 1}', "more.bin": b"not fetched"}.items():
+        (tmp_path / "model" / name).write_bytes(content)
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def go_to(tmp_path, monkeypatch):
+    "A function that makes this process use a hub and a cache of its own; with no address it is offline."
+    def go(address):
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", not address)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(constants, "ENDPOINT", address)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", (address or "") + "/{repo_id}/resolve/{revision}/{filename}")
+    return go
+
+
+def find(revision=COMMIT): return find_checkpoint("me/model", revision, lambda names: NEEDS, "a model", "name FOLDER", ["*token*.json"])
+
+
+def fails(kind, revision=COMMIT):
+    with pytest.raises(kind) as caught: find(revision)
+    assert str(caught.value).startswith("a model: ") and "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def works_with(hub, go_to, model):
+    "A good hub gives the very files."
+    go_to(hub({"me/model": model}, COMMIT)[0])
+    folder = find()
+    assert sorted(os.listdir(folder)) == ["config.json", "model.safetensors", "tokenizer.json"]
+    for name in os.listdir(folder): assert (folder / name).read_bytes() == (model / name).read_bytes()
+
+
+@pytest.mark.parametrize("revision", [COMMIT, None, "main"])
+def test_what_is_needed_is_fetched_once(hub, go_to, model, revision):
+    address, asked = hub({"me/model": model}, COMMIT)
+    go_to(address)
+    folder = find(revision)
+    assert folder.name == COMMIT and not any("more.bin" in path for path in asked)
+    asked.clear()
+    assert find(revision) == folder and not asked
+    go_to("")
+    assert find(revision) == folder
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
+@pytest.mark.parametrize("named", ["as announced", "as served"])
+def test_other_bytes_are_refused_and_not_kept(hub, go_to, model, tmp_path, name, named):
+    other = b"[]" + (model / name).read_bytes()[2:]
+    def etag(entry): return entry.get("lfs", entry)["oid"] if named == "as announced" else hashlib.sha256(other + entry["path"].encode()).hexdigest()
+    go_to(hub({"me/model": model}, COMMIT, served={name: other}, etag=etag)[0])
+    for _ in range(2): assert f"{name} is not what the hub announced" in fails(NotAsAnnounced)
+    assert not [p for p in (tmp_path / "cache").rglob("*") if p.is_file() and p.read_bytes() == other]
+    works_with(hub, go_to, model)
+
+
+@pytest.mark.parametrize("name, ask", [("model.safetensors", True), ("model.safetensors", False), ("tokenizer.json", True)])
+def test_what_another_program_put_into_the_cache_is_compared_too(hub, go_to, model, tmp_path, name, ask):
+    "By the hub's listing, or offline by the name of the file."
+    other = b"[]" + (model / name).read_bytes()[2:]
+    address, _ = hub({"me/model": model}, COMMIT, served={name: other})
+    go_to(address)
+    snapshot_download("me/model", revision=COMMIT, cache_dir=tmp_path / "cache")
+    go_to(address if ask else "")
+    assert f"{name} is not what the hub announced" in fails(NotAsAnnounced)
+    assert not [p for p in (tmp_path / "cache").rglob("*") if p.is_file() and p.read_bytes() == other]
+    go_to(hub({"me/model": model}, COMMIT)[0])
+    assert (find() / name).read_bytes() == (model / name).read_bytes()
+
+
+def test_a_file_that_changes_in_the_cache_is_compared_again(hub, go_to, model):
+    go_to(hub({"me/model": model}, COMMIT)[0])
+    path = (find() / "model.safetensors").resolve()
+    path.write_bytes(bytes(999) + b"x")
+    assert "model.safetensors is not what the hub announced" in fails(NotAsAnnounced)
+    assert (find() / "model.safetensors").read_bytes() == bytes(1000)
+
+
+def more(path): return lambda tree: [*tree, {"type": "file", "path": path, "size": 1, "oid": "0" * 40}]
+
+
+@pytest.mark.parametrize("path", ["../../x_token.json", "/tmp/x_token.json", "a/../../x_token.json", "..\\x_token.json", "", "a//token.json"])
+def test_a_listing_that_leads_outside_is_refused(hub, go_to, model, tmp_path, path):
+    go_to(hub({"me/model": model}, COMMIT, listing=more(path))[0])
+    assert "no path inside a repository" in fails(NotAsAnnounced)
+    assert not list(tmp_path.rglob("*x_token.json"))
+    works_with(hub, go_to, model)
+
+
+@pytest.mark.parametrize("listing, message", [
+    (lambda tree: [e for e in tree if e["path"] != "model.safetensors"], "lacks model.safetensors or pytorch_model.bin; it holds config.json"),
+    (lambda tree: [], "it holds nothing"), (lambda tree: {"error": "x"}, "did not give it"), (lambda tree: [1], "did not give it"),
+    (more("a_token.json"), "did not give it")], ids=["lacks", "empty", "no list", "numbers", "not there"])
+def test_a_wrong_listing_does_not_stay(hub, go_to, model, listing, message):
+    "Nor does it harm what is in the cache."
+    bad, _ = hub({"me/model": model}, COMMIT, listing=listing)
+    go_to(bad)
+    assert message in fails(FileNotFoundError)
+    works_with(hub, go_to, model)
+    go_to(bad)
+    assert (find() / "model.safetensors").read_bytes() == bytes(1000)
+
+
+@pytest.mark.parametrize("etag", ["../../../escaped", "/tmp/escaped", "..", ""])
+def test_the_name_of_a_content_is_no_path(hub, go_to, model, tmp_path, etag):
+    go_to(hub({"me/model": model}, COMMIT, etag=lambda entry: etag)[0])
+    fails(ValueError if etag else (ValueError, FileNotFoundError))
+    assert not list(tmp_path.rglob("*escaped*"))
+    works_with(hub, go_to, model)
+
+
+SILENT = {"when asked what there is": lambda method, path: path.startswith("api"), "of a file": lambda method, path: method == "HEAD",
+          "in its body": lambda method, path: "/resolve/" in path and method == "GET"}
+
+
+@pytest.mark.parametrize("silent, revision", [("when asked what there is", COMMIT), ("when asked what there is", "main"), ("of a file", COMMIT), ("in its body", COMMIT)])
+def test_a_hub_that_says_nothing_is_not_waited_for(hub, go_to, model, monkeypatch, silent, revision):
+    go_to(hub({"me/model": model}, COMMIT, silent=SILENT[silent])[0])
+    with monkeypatch.context() as impatient:
+        for name in ("HF_HUB_ETAG_TIMEOUT", "HF_HUB_DOWNLOAD_TIMEOUT"): impatient.setattr(constants, name, 0.4)
+        start = time.monotonic()
+        assert "no answer in 0.4 seconds" in fails(FileNotFoundError, revision)
+        assert time.monotonic() - start < 30
+    works_with(hub, go_to, model)
+
+
+@pytest.mark.parametrize("code", [401, 403])
+@pytest.mark.parametrize("part", ["api/models", "/resolve/"])
+def test_who_may_not_is_told_how_to_ask(hub, go_to, model, code, part):
+    address, _ = hub({"me/model": model}, COMMIT, status=lambda path: code if part in f"/{path}" or path.startswith(part) else None)
+    go_to(address)
+    message = fails(FileNotFoundError)
+    assert f"({code}: " in message and f"open {address}/me/model, ask for access, run 'hf auth login'" in message
