@@ -5,11 +5,13 @@
 # %% auto #0
 __all__ = ['COMPONENTS', 'SCHEDULERS', 'components_folder', 'load_component', 'load_pipeline', 'components_record', 'vae_factor',
            'encode', 'decode', 'generators', 'seeded_noise', 'draw_latents', 'gray', 'to_bytes',
-           'encoder_hidden_states', 'sample', 'write_images', 'component_shapes', 'image_seeds']
+           'encoder_hidden_states', 'check_steps', 'sample', 'write_images', 'component_shapes', 'image_seeds']
 
 # %% ../nbs/22_stable_diffusion.ipynb #b37b6889
+import copy
 import json
 from collections.abc import Sequence
+from numbers import Integral
 from pathlib import Path
 
 import numpy as np
@@ -236,6 +238,35 @@ def encoder_hidden_states(
         raise ValueError(f"the prompt {prompt[:60]!r} has {length} tokens; the text encoder reads {most}: shorten it")
     return pipeline.encode_prompt(prompt, pipeline.device, 1, False)[0]
 
+# %% ../nbs/22_stable_diffusion.ipynb #72e9db62
+def _rehearsed(pipeline, steps):
+    "How often a scheduler asks the U-Net, and what four numbers become that it takes for latents."
+    scheduler, random = copy.deepcopy(pipeline.scheduler), torch.Generator().manual_seed(0)
+    extra = pipeline.prepare_extra_step_kwargs(random, eta=0.0)
+    scheduler.set_timesteps(steps)
+    latents = torch.randn(1, 4, 1, 1, generator=random) * scheduler.init_noise_sigma
+    for timestep in scheduler.timesteps:
+        scheduler.scale_model_input(latents, timestep)
+        estimate = torch.randn(1, 4, 1, 1, generator=random)
+        latents = scheduler.step(estimate, timestep, latents, **extra, return_dict=False)[0]
+    return len(scheduler.timesteps), latents
+
+# %% ../nbs/22_stable_diffusion.ipynb #09e6e1a5
+def check_steps(
+    pipeline,  # a StableDiffusionPipeline
+    steps: int,  # denoising steps
+) -> int:  # how often the U-Net is asked for them
+    "Raise ValueError for a number of steps that the pipeline's scheduler cannot take."
+    if not isinstance(steps, Integral) or isinstance(steps, bool) or steps < 1:
+        raise ValueError(f"steps are a whole number from 1 on, not {steps!r}")
+    name, most = type(pipeline.scheduler).__name__, pipeline.scheduler.config.num_train_timesteps
+    why = f"it has {most} timesteps" if steps > most else ""
+    try: evaluations, latents = (0, torch.zeros(1)) if why else _rehearsed(pipeline, int(steps))
+    except Exception as error: why = f"{type(error).__name__}: {' '.join(str(error).split())[:80]}"
+    if not why and not latents.isfinite().all(): why = f"of its {most} timesteps one comes twice"
+    if why: raise ValueError(f"{name} cannot draw in {steps} steps ({why}); choose another number of steps")
+    return evaluations
+
 # %% ../nbs/22_stable_diffusion.ipynb #0227d428
 def sample(
     pipeline,  # a StableDiffusionPipeline
@@ -250,8 +281,10 @@ def sample(
     """Draw images (§2.2), for one prompt or for one each, with a progress bar over denoising steps.
 
     Raises ValueError for a prompt that is too long, prompts that are not as many
-    as seeds, a size the VAE cannot make, and images that are not finite.
+    as seeds, steps the scheduler cannot take, a size the VAE cannot make, and
+    images that are not finite.
     """
+    evaluations = check_steps(pipeline, steps)
     states = [encoder_hidden_states(pipeline, x) if isinstance(x, str) else x for x in (prompt, unconditional)]
     if lost := [len(x) for x in states if len(x) not in (1, len(seeds))]:
         raise ValueError(f"hidden states of {lost[0]} prompts, and {len(seeds)} seeds: give one prompt, or one a seed")
@@ -260,8 +293,7 @@ def sample(
     if size % factor: raise ValueError(f"the VAE makes images of a size divisible by {factor}, not of {size} pixels")
     shape = pipeline.unet.config.in_channels, size // factor, size // factor
     batches = range(0, len(seeds), batch_size)
-    pipeline.scheduler.set_timesteps(steps)
-    found, evaluations = [torch.empty(0, 3, size, size, dtype=torch.uint8)], len(pipeline.scheduler.timesteps)
+    found = [torch.empty(0, 3, size, size, dtype=torch.uint8)]
     with tqdm(total=len(batches) * evaluations, desc=f"{len(seeds)} images", unit="step", leave=False) as bar:
         def advance(pipeline, step, timestep, kept): bar.update(); return kept
         for start in batches:

@@ -3,6 +3,7 @@ import json
 import pickle
 import shutil
 
+import diffusers
 import pipelines
 import pytest
 import torch
@@ -11,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from cxr_nb import checkpoints
 from cxr_nb.stable_diffusion import (
-    SCHEDULERS, components_folder, components_record, decode, draw_latents, encode, encoder_hidden_states, gray, image_seeds,
+    SCHEDULERS, check_steps, components_folder, components_record, decode, draw_latents, encode, encoder_hidden_states, gray, image_seeds,
     load_component, load_pipeline, sample, write_images)
 
 PINNED = "1234567890abcdef1234567890abcdef12345678"
@@ -129,6 +130,28 @@ def test_images_that_are_not_finite_are_refused(folder):
 def test_names_of_schedulers(folder):
     for name, kind in SCHEDULERS.items(): assert type(load_pipeline(str(folder), scheduler=name).scheduler).__name__ == kind
     with pytest.raises(ValueError, match="unknown scheduler 'euler'"): load_pipeline(str(folder), scheduler="euler")
+
+
+MORE = ["DEISMultistepScheduler", "DPMSolverSinglestepScheduler", "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "HeunDiscreteScheduler",
+        "KDPM2DiscreteScheduler", "LMSDiscreteScheduler", "UniPCMultistepScheduler", "LCMScheduler", "SASolverScheduler"]
+
+
+@pytest.mark.parametrize("settings", [{}, {"skip_prk_steps": False}, {"timestep_spacing": "trailing"}], ids=str)
+@pytest.mark.parametrize("kind", [*SCHEDULERS.values(), *MORE])
+def test_a_number_of_steps_goes_where_diffusers_own_pipeline_draws_with_it(pipeline, kind, settings, monkeypatch):
+    "Up to the number of timesteps; beyond, what some classes return is noise."
+    schedule = {k: v for k, v in pipeline.scheduler.config.items() if not k.startswith("_")} | {"num_train_timesteps": 9, "original_inference_steps": 9}
+    monkeypatch.setattr(pipeline, "scheduler", getattr(diffusers, kind).from_config(schedule | settings))
+    states, goes = torch.ones(1, 1, pipelines.WIDTH), set()
+    for steps in (1, 3, 4, 8, 9):
+        try: latents = pipeline(prompt_embeds=states, num_inference_steps=steps, guidance_scale=1, latents=noise([0]), output_type="latent").images
+        except (IndexError, ValueError, AssertionError): continue
+        if latents.isfinite().all(): goes.add(steps)
+    for steps in (1, 3, 4, 8, 9, 10, 27):
+        if steps in goes: assert check_steps(pipeline, steps) >= steps
+        else:
+            with pytest.raises(ValueError, match=rf"^{kind} cannot draw in {steps} steps \(.+\); choose another number of steps$"): sample(pipeline, states, [0], steps)
+    assert 4 in goes
 
 
 def test_half_precision(folder):
