@@ -148,6 +148,7 @@ def statistics_table(
     if len(samples) < draws / 2: raise ValueError("a measure was taken of too few images for an interval")
     ends = np.full((2, 5, x.shape[1]), np.nan)
     ends[:, :3] = np.quantile(samples, [0.025, 0.975], axis=0)
+    ends[:, np.isclose(*ends, rtol=1e-9, atol=0)] = np.nan  # one patient, or all alike: draws cannot say how sure it is
     cells = pd.MultiIndex.from_product([STATISTICS, values.columns], names=["column", "row"]).to_frame(index=False)
     found = dict(zip(("measured", "ci_low", "ci_high"), (a.ravel() for a in (_statistics(x), *ends))))
     cells = cells.assign(**found, n=cells.row.map(values.notna().sum()))

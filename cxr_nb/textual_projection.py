@@ -321,6 +321,7 @@ def projection_scores(
     value = scores(np.ones((1, n)))[0]
     again = scores(np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), draws))
     low, high = np.quantile(again, (0.025, 0.975), axis=0) if n >= 10 else np.full((2, 3), np.nan)
+    low, high = np.where(np.isclose(low, high, rtol=1e-9, atol=0), np.nan, [low, high])  # all texts alike
     return pd.DataFrame({"measure": ["MSE", "cosine", "R²"], "value": value, "ci_low": low, "ci_high": high, "n": n})
 
 # %% ../nbs/25_textual_projection.ipynb #19d353b1

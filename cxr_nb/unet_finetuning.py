@@ -21,8 +21,8 @@ from .core import device_name, json_text, peak_memory_mb, sha256, slug
 from .datasets import CONCEPTS, image_paths
 from .images import load_radiograph, open_radiograph
 from .stable_diffusion import encode, encoder_hidden_states, load_pipeline, write_images
-from .training import TrainingSettings, WithPrior, checkpoints, diffusion_loss, made_key, run_frozen
-from .training import settings_record, tensors_hash, train
+from .training import TrainingSettings, WithPrior, checkpoints, diffusion_loss, made_key, noise_record
+from .training import run_frozen, settings_record, tensors_hash, train, training_noise_scheduler
 
 # %% ../nbs/27_unet_finetuning.ipynb #ddec8357
 @dataclass(frozen=True)
@@ -149,8 +149,7 @@ def finetuning_record(
     prompts: dict[str, str],
 ) -> dict:  # JSON values
     "What a fine-tuned U-Net follows from, beside the settings of its training."
-    keys = "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "prediction_type"
-    noise = {key: pipeline.scheduler.config[key] for key in keys}
+    noise = noise_record(training_noise_scheduler(pipeline.scheduler))
     unet = tensors_hash(pipeline.unet.state_dict())
     frozen = frozen_record(pipeline, samples, prompts)
     # as JSON has it, so that it is equal to one that was read from a file
@@ -167,10 +166,8 @@ def finetune(
     look: Callable[[int], None] | None = None,  # called with the steps done, every `sample_every` steps
 ) -> tuple[pd.DataFrame, int]:  # the log of `train`; numbers trained
     "Fine-tune the U-Net (§2.7), going on from a checkpoint; raises what `train` and `encoder_hidden_states` raise."
-    from diffusers import DDPMScheduler
     record = finetuning_record(pipeline, variant, samples, prompts)
-    # a sampler's own add_noise knows but the few timesteps that it samples at
-    noise_scheduler = DDPMScheduler(**record["noise"], clip_sample=False)
+    noise_scheduler = training_noise_scheduler(pipeline.scheduler)
     weight = variant.prior_weight if variant.prior else 0.0
     def loss(batch): return diffusion_loss(pipeline.unet, noise_scheduler, batch, weight)
     path = Path(folder) / "frozen.safetensors" if cache else None
