@@ -134,7 +134,7 @@ def open_radiograph(
         what = DICOM if is_dicom(path) else "is no PNG or JPEG image; convert it to one"
         raise ValueError(f"{path}: {what}") from None
     except PermissionError: raise ValueError(f"{path}: may not be read; change its permissions") from None
-    except Image.DecompressionBombError: refused = f"is larger than {MAX_PIXELS // 10**6} megapixels; make it smaller"
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning): refused = f"is larger than {MAX_PIXELS // 10**6} megapixels; make it smaller"
     except (OSError, SyntaxError, EOFError, ValueError) as error:
         raise ValueError(f"{path}: is broken or truncated ({error}); copy or download it again") from None
     if refused: raise ValueError(f"{path}: {refused}")

@@ -838,6 +838,24 @@ def test_a_dicom_file_in_a_table_is_a_row_that_cannot_be_used(tmp_path):
     with pytest.raises(ValueError, match="cohort row 0: .*a.dcm: is a DICOM file, which is not read; convert it"): CohortImages(cohort, {"Mine": tmp_path})[0]
 
 
+def test_links_out_of_a_data_set_are_not_followed_and_its_own_folder_may_be_one(tmp_path):
+    for name in ("real/a.png", "real/sub/b.png", "elsewhere/secret.png", "realer/c.png"): trees.picture(tmp_path / name)
+    (tmp_path / "real/t.csv").write_text("image,patient_id,view,Edema\na.png,p1,PA,1\n")
+    (tmp_path / "linked").symlink_to(tmp_path / "real")
+    cohort = read_folder(tmp_path / "linked", "Mine")
+    def paths(name, root="linked"): return image_paths(cohort.assign(image_path=name), {"Mine": tmp_path / root})
+    links = {"in.png": "sub/b.png", "sub/up.png": "../a.png", "inner": "sub", "out.png": "../elsewhere/secret.png", "outer": "../elsewhere", "near": "../realer",
+             "abs.png": tmp_path / "elsewhere/secret.png", "twice.png": "out.png", "broken.png": "../none.png"}
+    for name, to in links.items(): (tmp_path / "real" / name).symlink_to(to)
+    for root in ("real", "linked"):
+        for name in ("a.png", "in.png", "sub/up.png", "inner/b.png"): assert paths(name, root) == [tmp_path / root / name]
+        for name in ("out.png", "outer/secret.png", "near/c.png", "abs.png", "twice.png", "broken.png", "../elsewhere/secret.png", f"{tmp_path}/elsewhere/secret.png"):
+            with pytest.raises(ValueError, match="leads out of Mine's folder .*; put the file itself there") as caught: paths(name, root)
+            assert "\n" not in str(caught.value)
+            with pytest.raises(ValueError, match="leads out of"): image_paths(cohort.assign(image_path=name, inverted="invert"), {"Mine": tmp_path / root})
+            with pytest.raises(ValueError, match="leads out of"): CohortImages(cohort.assign(image_path=name), {"Mine": tmp_path / root})
+
+
 # ---- the notebook
 
 @pytest.fixture(scope="module")

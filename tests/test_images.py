@@ -1,6 +1,8 @@
 "Files that are no radiograph are refused in one line; the others come back pixel for pixel."
 import io
+import os
 import struct
+import tracemalloc
 import zlib
 from types import SimpleNamespace
 
@@ -92,6 +94,40 @@ def test_problems_are_found_in_order_among_many(tmp_path):
         found = image_problems(paths, decode)
         assert [bool(problem) for problem in found] == [not i % 7 for i in range(300)]
         assert found[7] == f"{tmp_path}/none7.png: no such image file"
+
+
+def bomb(kind):
+    "A good PNG with a chunk before its pixels that unpacks to 80 MB."
+    packed = zlib.compress(bytes(80_000_000), 9)
+    data = {b"zTXt": b"Comment\0\0" + packed, b"iCCP": b"icc\0\0" + packed, b"iTXt": b"Comment\0\1\0\0\0" + packed}[kind]
+    file = io.BytesIO()
+    GREY.save(file, "PNG")
+    content = file.getvalue()
+    at = content.index(b"IDAT") - 4
+    return content[:at] + chunk(kind, data) + content[at:]
+
+
+@pytest.mark.parametrize("kind", [b"zTXt", b"iCCP", b"iTXt"])
+def test_a_chunk_that_unpacks_to_much_is_refused_or_passed_over_in_little_memory(tmp_path, kind):
+    (tmp_path / "a.png").write_bytes(bomb(kind))
+    tracemalloc.start()
+    problem = image_problems([tmp_path / "a.png"])[0]
+    assert tracemalloc.get_traced_memory()[1] < 20e6 and (not problem or "a.png: is broken or truncated" in problem) and "\n" not in problem
+    tracemalloc.stop()
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("width, height", [(10_000, 10_000), (20_000, 20_000), (2**31 - 1, 2**31 - 1), (2**31 - 1, 33), (33, 2**31 - 1)])
+def test_a_header_that_claims_too_many_pixels_is_refused_before_any_is_decoded(tmp_path, width, height):
+    (tmp_path / "a.png").write_bytes(header_of_a_large_png(width, height))
+    with pytest.raises(ValueError, match="a.png: is .*50 megapixels; make it smaller"): open_radiograph(tmp_path / "a.png")
+
+
+def test_what_never_ends_is_no_image_file(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "zero.png").symlink_to("/dev/zero")
+    for name in ("pipe.png", "zero.png"):
+        for decode in (True, False): assert image_problems([tmp_path / name], decode) == [f"{tmp_path / name}: no such image file"]
 
 
 # EXIF 2.32, Orientation: which side of the shown image the stored 0th row is, and which the stored 0th column
