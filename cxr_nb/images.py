@@ -86,7 +86,7 @@ DICOM = (
 def is_dicom(
     path: Path,  # a file
 ) -> bool:
-    "Whether a file is DICOM, by its content or by a name such as x.dcm or x.dcm.gz; a file that cannot be read is none."
+    "Whether a file is DICOM, by its content or by a name such as x.dcm or x.dcm.gz; one that cannot be read is none."
     if {".dcm", ".dicom"} & {suffix.lower() for suffix in Path(path).suffixes}: return True
     try:
         with open(path, "rb") as file: head = file.read(132)
@@ -134,7 +134,8 @@ def open_radiograph(
         what = DICOM if is_dicom(path) else "is no PNG or JPEG image; convert it to one"
         raise ValueError(f"{path}: {what}") from None
     except PermissionError: raise ValueError(f"{path}: may not be read; change its permissions") from None
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning): refused = f"is larger than {MAX_PIXELS // 10**6} megapixels; make it smaller"
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        refused = f"is larger than {MAX_PIXELS // 10**6} megapixels; make it smaller"
     except (OSError, SyntaxError, EOFError, ValueError) as error:
         raise ValueError(f"{path}: is broken or truncated ({error}); copy or download it again") from None
     if refused: raise ValueError(f"{path}: {refused}")
@@ -233,7 +234,7 @@ def colour_share(
 def exclusion_reason(
     image: Image.Image,  # as returned by open_radiograph
 ) -> str:  # empty for an image to keep
-    "Why an image is too unusually cropped, colourised or inverted to be chosen by hand (§2.1), with the number that says so."
+    "Why an image is too unusually cropped, colourised or inverted to be chosen by hand (§2.1), with its number."
     if (share := colour_share(image)) > MAX_COLOUR: return f"colourised: {share:.0%} of the pixels"
     ratio = image.width / image.height
     if not ASPECT_RATIOS[0] <= ratio <= ASPECT_RATIOS[1]: return f"cropped: width to height is {ratio:.2f}"
