@@ -131,3 +131,27 @@ def test_credentialed_data_are_refused_before_they_are_read(repository, tmp_path
         opened(place)
         for data in ({"chexpert": "x"}, {"mimic_cxr": "x"}):
             with pytest.raises(RuntimeError, match="git does not tell"): opened(place, **data)
+
+
+def test_a_record_names_the_commit_of_the_code(repository, monkeypatch):
+    "Results are committed after the code they came from: made again at that later commit, they name the same one."
+    def committed(name, text):
+        (repository / name).parent.mkdir(parents=True, exist_ok=True)
+        (repository / name).write_text(text)
+        git(repository, "add", "--all", "--force")
+        git(repository, "-c", "user.name=a", "-c", "user.email=a@b", "commit", "--quiet", "-m", name)
+        return subprocess.run(["git", "-C", str(repository), "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+
+    monkeypatch.setattr(core, "repo_root", lambda: repository)
+    assert core.git_commit() is None
+    code = committed("nbs/profiles/demo.yaml", "a: {}")
+    assert core.git_commit() == code
+    committed("outputs/demo/records/a.json", "{}"), committed("README.md", "# A")
+    assert core.git_commit() == code
+    for name in ("outputs/demo/records/a.json", "README.md"): (repository / name).write_text("another run")
+    (repository / "new.txt").write_text("untracked")
+    assert core.git_commit() == code
+    (repository / "nbs/profiles/demo.yaml").write_text("b: {}")
+    assert core.git_commit() == f"{code}-dirty"
+    later = committed("nbs/profiles/demo.yaml", "b: {}")
+    assert core.git_commit() == later != code

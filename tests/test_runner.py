@@ -169,6 +169,8 @@ def test_run_leaves_output_record_and_executed_notebook(project, run_in):
     assert record["parameters"] == {"profile": "tiny", "k": 3, "rate": 1, "names": ["x", "y"]}
     assert record["outputs"] == {"measures/k.txt": core.sha256(project / "outputs/tiny/measures/k.txt")}
     assert record["results"] == {"k": 3} and record["versions"]["torch"]
+    took = json.loads((project / "outputs/tiny/times/99_small.json").read_text())
+    assert took["seconds"] >= 0 and took["peak_memory_mb"]["cpu"] > 10 and took["device"] and not took.keys() & record.keys()
     assert str(project) not in (project / "outputs/tiny/notebooks/99_small.ipynb").read_text()
     assert not (project / "outputs/tiny/failed").exists()
 
