@@ -268,6 +268,26 @@ def _extract(encoder, tokens, special_tokens):
     if encoder.head is not None: found["model_specific"] = encoder.head(hidden[:, 0])
     return {name: value.float().cpu() for name, value in found.items()}
 
+# %% ../nbs/24_text_encoder.ipynb #ccf11c0e
+def _token_counts(encoder, texts):
+    "Tokens of each text, special ones included; raises ValueError for a text that leaves no others."
+    tokens = encoder.tokenizer(list(texts), verbose=False, return_special_tokens_mask=True)
+    lengths = np.array([len(ids) for ids in tokens["input_ids"]])
+    blank = np.flatnonzero(lengths == [sum(mask) for mask in tokens["special_tokens_mask"]])
+    if len(blank):
+        raise ValueError(
+            f"text {blank[0]}, {texts[blank[0]][:40]!a}, holds nothing that the tokenizer of {encoder.source.name} reads "
+            f"({len(blank)} of {len(texts)} do not); leave it out"
+        )
+    return lengths
+
+# %% ../nbs/24_text_encoder.ipynb #6e604dde
+def _check_finite(embeddings, name):
+    "Raise ValueError where an embedding is not finite."
+    for extraction, values in embeddings.items():
+        bad = (~values.isfinite().all(1)).nonzero()
+        if len(bad): raise ValueError(f"text {int(bad[0])}: its {extraction} by {name} is not finite ({len(bad)} are not)")
+
 # %% ../nbs/24_text_encoder.ipynb #fa5ca7bc
 def embed(
     encoder: TextEncoder,  # as loaded
@@ -276,13 +296,14 @@ def embed(
     special_tokens: bool = True,  # whether the mean counts [CLS], [SEP] and the like
     progress: bool = True,  # show a bar
 ) -> tuple[dict[str, torch.Tensor], int]:  # extraction -> (n, width) float32 on the CPU; texts cut at the model's length
-    "Document embeddings by every extraction the encoder has (§2.4); raises ValueError for an empty text."
-    empty = [i for i, text in enumerate(texts) if not isinstance(text, str) or not text.strip()]
+    "Document embeddings by every extraction the encoder has (§2.4); raises ValueError for an empty text, one of no token, and NaN."
+    seen = lambda text: isinstance(text, str) and any(c.isprintable() and not c.isspace() for c in text)
+    empty = [i for i, text in enumerate(texts) if not seen(text)]  # also of characters without width
     if empty:
         raise ValueError(
             f"text {empty[0]} is empty ({len(empty)} of {len(texts)} are); leave reports without an impression out"
         )
-    lengths = np.array([len(ids) for ids in encoder.tokenizer(list(texts), verbose=False)["input_ids"]])
+    lengths = _token_counts(encoder, texts)
     order, device = np.argsort(-lengths, kind="stable"), encoder.model.device
     how, found = dict(padding=True, truncation=True, return_special_tokens_mask=True, return_tensors="pt"), []
     for start in tqdm(range(0, len(texts), batch_size), desc=encoder.source.name, disable=not progress):
@@ -291,7 +312,9 @@ def embed(
         tokens.pop("token_type_ids", None)
         found.append(_extract(encoder, tokens.to(device), special_tokens))
     back, cut = torch.from_numpy(np.argsort(order)), int((lengths > encoder.max_length).sum())
-    return {name: torch.cat([f[name] for f in found])[back] for name in found[0]}, cut
+    embeddings = {name: torch.cat([f[name] for f in found])[back] for name in found[0]}
+    _check_finite(embeddings, encoder.source.name)
+    return embeddings, cut
 
 # %% ../nbs/24_text_encoder.ipynb #5aaa34c4
 def _block_scores(similarities, labels, own, k, tolerance):
