@@ -384,13 +384,15 @@ def _git(
 
 # %% ../nbs/00_core.ipynb #c85895bd
 def git_commit() -> str | None:
-    "The project's commit, with `-dirty` where tracked files differ from it; None outside of git."
-    try: head = _git(repo_root(), "rev-parse", "HEAD")
+    "The commit that last changed the code, with `-dirty` where tracked code differs from it; None outside of a checkout."
+    # results and the page made of them are committed after the code they came from, and change while a report runs
+    root, code = repo_root(), ["--", ".", ":!outputs", ":!README.md"]
+    if not (root / "nbs" / "profiles").is_dir(): return None
+    try: commit = _git(root, "log", "-1", "--format=%H", *code).stdout.strip()
     except FileNotFoundError: return None
-    if head.returncode: return None
-    # results change while a report runs; what matters is the code they came from
-    dirty = _git(repo_root(), "status", "--porcelain", "--untracked-files=no", "--", ".", ":!outputs").stdout.strip()
-    return head.stdout.strip() + ("-dirty" if dirty else "")
+    if not commit: return None
+    dirty = _git(root, "status", "--porcelain", "--untracked-files=no", *code).stdout.strip()
+    return commit + ("-dirty" if dirty else "")
 
 # %% ../nbs/00_core.ipynb #6ea6f3c1
 def _tracked_at(place, as_set):
@@ -696,17 +698,31 @@ def finish(
     self: Run,
     **results,  # numbers worth keeping, as `json_value` takes them
 ) -> dict:
-    "Write `records/<notebook>.json` and return it; raises TypeError, naming the key, for what is no JSON value."
+    """Write `records/<notebook>.json` and return it, and what the run took as `times/<notebook>.json`.
+
+    Raises TypeError, naming the key, for what is no JSON value.
+    """
     results = json_value(results, f"notebook {self.notebook}: results")
     record = {
         "notebook": self.notebook, "parameters": self.parameters, "results": results,
-        "seconds": round(time.perf_counter() - self.start, 1), "peak_memory_mb": peak_memory_mb(),
-        "device": device_name(), "versions": versions(), "commit": git_commit(),
+        "versions": versions(), "commit": git_commit(),
         "inputs": dict(sorted(self.inputs.items())), "outputs": dict(sorted(self.outputs.items())),
     }
-    with written_whole(self.folder / "records" / f"{self.notebook}.json") as path:
-        path.write_text(json_text(record), encoding="utf-8")
+    took = {"seconds": round(time.perf_counter() - self.start, 1), "peak_memory_mb": peak_memory_mb(), "device": device_name()}
+    for folder, content in {"records": record, "times": took}.items():
+        with written_whole(self.folder / folder / f"{self.notebook}.json") as path:
+            path.write_text(json_text(content), encoding="utf-8")
     return record
+
+# %% ../nbs/00_core.ipynb #5e1a0901
+@patch
+def times(
+    self: Run,
+    notebook: str,  # stem of a notebook
+) -> dict:  # seconds, peak_memory_mb, device; empty where it has not run here
+    "What the last run of a notebook took in this profile."
+    path = self.profile_folder / "times" / f"{notebook}.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 # %% ../nbs/00_core.ipynb #22cafa49
 def published(

@@ -204,7 +204,7 @@ def _rows(path):
 
 # %% ../nbs/21_datasets.ipynb #f352e3da
 _DICOM_RELEASES = {  # source -> where its images are to be had converted
-    "MIMIC-CXR": "is a DICOM file of MIMIC-CXR; MIMIC-CXR-JPG is that release converted to 8-bit JPEG, with its tables: take it",
+    "MIMIC-CXR": "is a DICOM file of MIMIC-CXR; MIMIC-CXR-JPG is that release converted to JPEG, with tables: take it",
     "Open-i": "is a DICOM file; the collection is to be had as PNG, too: take NLMCXR_png.tgz",
 }
 
@@ -1055,6 +1055,16 @@ def sample_frontal(
     number = hash_uniform(frontal.source + "/" + frontal.image_id, seed, "sample")
     return frontal.iloc[np.sort(np.argsort(number, kind="stable")[:n])].reset_index(drop=True)
 
+# %% ../nbs/21_datasets.ipynb #2aa2f0da
+def _first_outside(root, paths):
+    "The first of some paths below a folder that a link, or .., leads out of it; None where there is none."
+    home, inside = os.path.realpath(root), {}
+    def stays(path): return os.path.commonpath([home, os.path.realpath(path)]) == home
+    for path in paths:
+        if path.parent not in inside: inside[path.parent] = stays(path.parent)
+        if not inside[path.parent] or (os.path.islink(path) and not stays(path)): return path
+    return None
+
 # %% ../nbs/21_datasets.ipynb #dc122aa4
 def image_paths(
     cohort: pd.DataFrame,  # a cohort table with a row per image
@@ -1062,7 +1072,8 @@ def image_paths(
 ) -> list[Path]:
     """Where the images of a cohort lie, marked with `#negative` where its column `inverted` says "invert".
 
-    Raises ValueError for a source without a folder or a row without an image.
+    Raises ValueError for a source without a folder, a row without an image and
+    a link that leads out of the folder.
     """
     unknown = set(cohort.source) - set(roots)
     if unknown:
@@ -1072,8 +1083,12 @@ def image_paths(
     if blank.any():
         raise ValueError(f"cohort row {cohort.index[blank][0]}: names no image; its data set was read without images")
     marks = np.where(cohort["inverted"] == "invert", NEGATIVE, "") if "inverted" in cohort else [""] * len(cohort)
-    places = zip(cohort.source, cohort.image_path, marks)
-    return [Path(roots[source]) / f"{path}{mark}" for source, path, mark in places]
+    places = zip(cohort.source, cohort.image_path)
+    paths = pd.Series([Path(roots[source]) / path for source, path in places], dtype=object)
+    for source, of_source in paths.groupby(cohort.source.to_numpy()):
+        if outside := _first_outside(roots[source], of_source):
+            raise ValueError(f"{outside}: leads out of {source}'s folder {roots[source]}; put the file itself there")
+    return [path.with_name(path.name + mark) if mark else path for path, mark in zip(paths, marks)]
 
 # %% ../nbs/21_datasets.ipynb #0a0b286c
 INVERTED = ("refuse", "invert", "keep")  # what is done with images that look inverted

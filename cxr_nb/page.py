@@ -552,18 +552,20 @@ def section_view(
 # %% ../nbs/F_page.ipynb #7c3db062
 def provenance(
     records: dict[str, dict],  # notebook -> record
-) -> dict:  # rows, versions, commits
+    times: dict[str, dict],  # notebook -> what its last run took here, as Run.times gives it
+) -> dict:  # rows, minutes (None where a time is not known), devices, versions, commits
     "What made the page's numbers: per notebook the seed, time, memory, device and commit; versions of packages."
     rows = [{
-        "notebook": name, "seed": record["parameters"].get("seed", ""), "seconds": record["seconds"],
-        "memory": record["peak_memory_mb"]["cpu"], "device": record["device"], "commit": record["commit"] or "none",
+        "notebook": name, "seed": record["parameters"].get("seed", ""), "seconds": times[name].get("seconds", "–"),
+        "memory": times[name].get("peak_memory_mb", {}).get("cpu", "–"), "device": times[name].get("device", "–"),
+        "commit": record["commit"] or "none",
     } for name, record in sorted(records.items())]
     versions = {}
     for record in records.values():
         for package, version in record["versions"].items(): versions.setdefault(package, set()).add(version)
     return {
-        "rows": rows, "minutes": sum(row["seconds"] for row in rows) / 60,
-        "commits": sorted({row["commit"] for row in rows}), "devices": sorted({row["device"] for row in rows}),
+        "rows": rows, "minutes": sum(times[name]["seconds"] for name in records) / 60 if all(times.values()) else None,
+        "commits": sorted({row["commit"] for row in rows}), "devices": sorted({row["device"] for row in rows} - {"–"}),
         "versions": {package: ", ".join(sorted(found)) for package, found in sorted(versions.items())},
     }
 
@@ -597,7 +599,8 @@ def report_page(
     shown = [section_view(run, section, records, reasons, marked, limits) for section in parts]
     data = profile.get("21_datasets", {})
     html = written(
-        profile=run.parameters["profile"], sections=shown, provenance=provenance(records), notebooks=asked,
+        profile=run.parameters["profile"], sections=shown, provenance=provenance(records, {name: run.times(name) for name in asked}),
+        notebooks=asked,
         marked=sorted(marked), own=[name for name in ("03_phantoms", "C_miniature") if name in records],
         restricted=[name for name in ("chexpert", "mimic_cxr") if data.get(name)],
     )
