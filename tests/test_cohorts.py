@@ -23,7 +23,7 @@ from PIL import Image
 
 from cxr_nb import core
 from cxr_nb.datasets import (
-    CHEXPERT_LABELS, COHORT_COLUMNS, SPLITS, CohortImages, few_shot_candidates, image_paths, impression_section, openi_cohort, portable_place, read_chexpert, read_cohort,
+    CHEXPERT_LABELS, COHORT_COLUMNS, SPLITS, CohortImages, few_shot_candidates, image_paths, impression_section, openi_cohort, places_of_others, portable_place, read_chexpert, read_cohort,
     read_few_shot_choice, read_folder, read_mimic_cxr, read_nih, read_openi, read_reference_labels, read_sources, report_texts, sample_captions, sample_frontal, with_splits,
 )
 from cxr_nb.images import inverted_images
@@ -980,6 +980,31 @@ def test_patients_under_an_agreement_stay_out_of_what_git_tracks(project, run_in
     done = run_in(copy, "cxr_nb", "run", "21_datasets", "-p", "chexpert", "data/chexpert")
     assert done.returncode == 1 and "CheXpert and MIMIC-CXR are under a data use agreement and git tracks outputs/demo" in done.stderr
     assert not (copy / "outputs/demo/cohorts").exists() and not (copy / "outputs/demo/figures").exists()
+
+
+NO_PLACE = {"profile", "few_shot_source", "label_policy"}  # text that names no file
+
+
+def test_every_parameter_that_names_a_place_is_asked_whose_it_is():
+    declared = core.declared_parameters("21_datasets")
+    defaults = {name: default for name, (_, default) in declared.items()}
+    assert places_of_others(defaults) == [], "the demo shows nothing but the project's own"
+    for name, (kind, _) in declared.items():
+        if kind not in ("str", "list") or name in NO_PLACE: continue
+        for place in ("/data/x", "../x"):
+            given = [f"Mine={place}"] if kind == "list" else place
+            assert places_of_others(defaults | {name: given}) == [name]
+    for place in ("images/mine", "images/phantoms/../../x", "data/mine"): assert places_of_others(defaults | {"folders": [f"Mine={place}"]}) == ["folders"]
+
+
+@pytest.mark.parametrize("name, given", [("folders", "[Mine=data/mine]"), ("text_sources", "[Open-i, Mine=data/mine]"), ("openi_images", "data/openi"), ("nih", "data/nih"), ("laion_400m", "data/laion")])
+def test_pictures_and_reports_of_others_stay_out_of_what_git_tracks(project, run_in, tmp_path, name, given):
+    copy = tmp_path / "clone"
+    shutil.copytree(project, copy, symlinks=True, ignore=shutil.ignore_patterns("outputs", ".snakemake"))
+    subprocess.run(["git", "init", "-q", copy], check=True)
+    done = run_in(copy, "cxr_nb", "run", "21_datasets", "-p", name, given)
+    assert done.returncode == 1 and f"{name}: git tracks outputs/demo, and pictures, reports and paths that are not the project's own" in done.stderr
+    assert not any((copy / "outputs/demo" / folder).exists() for folder in ("cohorts", "figures", "tables", "records"))
 
 
 def test_paths_of_a_cohort_do_not_name_this_machine(ran, project):
