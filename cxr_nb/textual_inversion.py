@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'CONCEPTS', 'Concept', 'image_concepts', 'phrase', 'with_tokens', 'training_texts', 'read_variant',
-           'initial_vectors', 'add_tokens', 'NewRows', 'set_vectors', 'token_ids', 'few_shot_latents', 'inversion_loss',
-           'invert', 'vectors_along', 'save_tokens', 'load_tokens']
+           'initial_vectors', 'add_tokens', 'NewRows', 'set_vectors', 'token_ids', 'training_images',
+           'few_shot_latents', 'inversion_loss', 'invert', 'vectors_along', 'save_tokens', 'load_tokens']
 
 # %% ../nbs/26_textual_inversion.ipynb #18165e52
 import re
@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from .core import slug, written_whole
+from .images import load_radiograph, open_radiograph
 from .stable_diffusion import encode
 from .textual_projection import TEMPLATES
 from .training import TrainingSettings, diffusion_loss, noise_record, run_frozen, tensors_hash, train
@@ -199,19 +200,33 @@ def token_ids(
         raise ValueError(f"the text {text[:60]!r} has {len(ids)} tokens; the text encoder reads {most}: shorten it")
     return ids
 
+# %% ../nbs/26_textual_inversion.ipynb #e81c47a6
+def training_images(
+    paths: Sequence[Path],
+    size: int,  # pixels a side
+) -> np.ndarray:  # (n, size, size) uint8
+    "Read images to train on; raises ValueError for one smaller than `size`, and what `load_radiograph` raises."
+    def read(path):
+        side = min(open_radiograph(path).size)
+        if side < size: raise ValueError(f"{path}: has {side} pixels on a side, training takes {size}; lower size")
+        return load_radiograph(path, size)
+    return np.stack([read(path) for path in paths])
+
 # %% ../nbs/26_textual_inversion.ipynb #8d4e43be
 def few_shot_latents(
     vae,  # an AutoencoderKL
     images: np.ndarray,  # (n, size, size) uint8
     cache: Path,  # a .safetensors file, there or not
     made_of: dict,  # hashes of the VAE's weights, as JSON values; those of the images are added
+    names: Sequence[str] = (),  # of the images, for messages: their ids or paths
 ) -> Sequence[dict]:  # n samples: mean and std of the latents, row
-    "Training images among latents, as distributions, from the cache where it has them; raises what `encode` raises."
+    "Training images among latents, as distributions, from the cache where it has them; raises what `run_frozen` raises."
     data = [{"image": torch.from_numpy(image), "row": i} for i, image in enumerate(images)]
     frozen = lambda batch: dict(zip(("mean", "std"), encode(vae, batch["image"]))) | {"row": batch["row"]}
     made_of = made_of | {"images": tensors_hash({"images": torch.from_numpy(images)})}
-    return run_frozen(data, None, frozen, cache, made_of)[0]
+    return run_frozen(data, None, frozen, cache, made_of, names=names)[0]
 
+# %% ../nbs/26_textual_inversion.ipynb #b95a3e10
 _TEMPLATE_STREAM = 3  # 1 and 2 are the noise's
 
 def inversion_loss(

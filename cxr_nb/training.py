@@ -282,12 +282,17 @@ def tensors_hash(
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
 
+def _not_finite(tensor):
+    "Rows of a tensor that hold a number that is not finite."
+    return (~tensor.isfinite()).reshape(len(tensor), -1).any(1).nonzero().flatten() if tensor.numel() else tensor.new_empty(0)
+
 def _read_cache(path, key):
     "The tensors of a file, None where others were asked for."
     with safe_open(path, "pt") as file: said = file.metadata() or {}
     if said.get("key") != key: return None
     tensors = load_file(path)
     if tensors_hash(tensors) != said.get("content"): raise ValueError("its numbers are not those that were written")
+    if any(len(_not_finite(tensor)) for tensor in tensors.values()): raise ValueError("it holds numbers that are not finite")
     return tensors
 
 def _main_process_first():
@@ -305,6 +310,7 @@ def cached(
 
     Of several processes the first computes and the others wait, for as long as
     their backend's timeout: what takes longer is better made before the launch.
+    Raises ValueError for tensors that are not finite, of which nothing is written.
     """
     path, known = Path(path), json.dumps(made_of, sort_keys=True)
     key = hashlib.sha256(known.encode()).hexdigest()
@@ -315,6 +321,9 @@ def cached(
             found = None
         if found is None:
             found = {name: tensor.detach().cpu().contiguous() for name, tensor in compute().items()}
+            if bad := [name for name, tensor in found.items() if len(_not_finite(tensor))]:
+                row = int(_not_finite(found[bad[0]])[0])
+                raise ValueError(f"{path.name}: {bad[0]} is not finite at place {row}; nothing is kept")
             said = {"key": key, "content": tensors_hash(found), "made_of": known}
             with written_whole(path) as partial: save_file(found, partial, said)
     return found
@@ -328,13 +337,38 @@ def records(
         raise ValueError(f"samples: lengths differ: {', '.join(f'{k} {len(t)}' for k, t in tensors.items())}")
     return [dict(zip(tensors, row)) for row in zip(*tensors.values())]
 
+# %% ../nbs/02_training.ipynb #6a93d1f4
+_PARTS = {"mean": "the VAE's mean", "std": "the VAE's standard deviation", "encoder_hidden_states": "the text encoder's states"}
+
+def _finite(known, places, names):
+    "What frozen parts gave; raises ValueError, with the part and the sample, for a number that is not finite."
+    for key, tensor in known.items():
+        if not len(bad := _not_finite(tensor)): continue
+        place, name = int(places[int(bad[0])]), key.removeprefix("class_")
+        part = _PARTS.get(name, name) + (" of the class sample" if key != name else "")
+        which = f"{place} ({names[place]})" if names else f"{place}"
+        raise ValueError(
+            f"frozen parts: {part} is not finite for sample {which}; look at that sample, or load the part in single precision"
+        )
+    return known
+
+# %% ../nbs/02_training.ipynb #f27c80b3
 @torch.no_grad()
-def _over_data(frozen, data, batch_size):
+def _over_data(frozen, data, batch_size, names):
     found = []
     for start in tqdm(range(0, len(data), batch_size), desc="frozen parts", unit="batch", leave=False):
-        batch = default_collate([data[i] for i in range(start, min(start + batch_size, len(data)))])
-        found.append({key: tensor.cpu() for key, tensor in frozen(batch).items()})
+        places = range(start, min(start + batch_size, len(data)))
+        known = _finite(frozen(default_collate([data[i] for i in places])), places, names)
+        found.append({key: tensor.cpu() for key, tensor in known.items()})
     return {key: torch.cat([part[key] for part in found]) for key in found[0]}
+
+class _Numbered(Dataset):
+    "Samples with their place among the data."
+    def __init__(self, data): self.data = data
+
+    def __len__(self): return len(self.data)
+
+    def __getitem__(self, i): return self.data[i] | {"place": i}
 
 # %% ../nbs/02_training.ipynb #8c17ab5f
 def run_frozen(
@@ -344,14 +378,19 @@ def run_frozen(
     cache: Path | None,  # a .safetensors file; None: frozen parts run in every step
     made_of: dict,  # what `frozen` and its data follow from, for `cached`
     batch_size: int = 8,  # raw samples at a time, for the cache
+    names: Sequence[str] = (),  # of the samples, for messages: an image's id or path
 ) -> tuple[Sequence[dict], Callable[[dict], torch.Tensor]]:  # data and loss for `train`
-    "Take frozen parts out of the training, or into its loss where there is no cache."
+    """Take frozen parts out of the training, or into its loss where there is no cache.
+
+    Raises ValueError, or lets the loss raise it, for a part that is not finite, with the sample.
+    """
     if cache is not None:
-        return records(cached(cache, made_of, lambda: _over_data(frozen, data, batch_size))), loss
+        return records(cached(cache, made_of, lambda: _over_data(frozen, data, batch_size, names))), loss
     def whole_loss(batch):
-        with torch.no_grad(): known = frozen(batch)
+        raw = {key: value for key, value in batch.items() if key not in ("place", "seeds")}
+        with torch.no_grad(): known = _finite(frozen(raw), batch["place"].tolist(), names)
         return loss(known | {"seeds": batch["seeds"]})
-    return data, whole_loss
+    return _Numbered(data), whole_loss
 
 # %% ../nbs/02_training.ipynb #0c6cbaa6
 def ema_decay(

@@ -241,3 +241,10 @@ def test_another_schedule_is_another_configuration(folder, latents, learned):
     pipeline.scheduler = PNDMScheduler.from_config(pipeline.scheduler.config, trained_betas=[0.01] * 1000)
     with pytest.raises(ValueError, match=r"is of another configuration: configuration\[noise\]"):
         invert(pipeline, learned[1], latents, TEXTS, TrainingSettings(6, **HOW), learned[3])
+
+
+def test_an_image_whose_latents_are_not_finite_is_named_and_not_kept(folder, tmp_path):
+    vae, cache = load_pipeline(str(folder)).vae, tmp_path / "latents.safetensors"
+    with torch.no_grad(): vae.encoder.conv_in.bias[0] = float("inf")
+    with pytest.raises(ValueError, match=r"the VAE's mean is not finite for sample 0 \(a\)"): few_shot_latents(vae, IMAGES, cache, {}, list("abcd"))
+    assert not list(tmp_path.iterdir())

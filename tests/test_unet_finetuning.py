@@ -230,6 +230,17 @@ def test_a_damaged_model_is_said(source, images, tmp_path):
     with pytest.raises(ValueError, match="safetensors: is missing or not what was trained; delete .*m, and it is trained again"): finetuned(*given)
 
 
+@pytest.mark.parametrize("cache", [True, False])
+def test_the_image_whose_latents_are_not_finite_is_named_and_nothing_kept(source, images, tmp_path, monkeypatch, cache):
+    def broken(vae, x):
+        mean, std = encode(vae, x)
+        return mean, std.masked_fill((x == images["drawn"][3]).flatten(1).all(1)[:, None, None, None], float("nan"))
+    monkeypatch.setattr("cxr_nb.unet_finetuning.encode", broken)
+    said = r"the VAE's standard deviation of the class sample is not finite for sample 3 \(image 3 of 'pleural effusion'\)"
+    with pytest.raises(ValueError, match=said): tuned(source, PRIOR, images, tmp_path, cache=cache)
+    assert not list(tmp_path.rglob("*.*"))
+
+
 def test_bad_variants_and_prompts(source, images, tmp_path):
     with pytest.raises(ValueError, match="there are no class images 'drawn'; set class_images above 0"):
         training_samples(PRIOR, {name: images[name] for name in CONCEPTS}, PROMPTS)
