@@ -5,10 +5,13 @@
 # %% auto #0
 __all__ = ['COLUMNS', 'CONCEPTS', 'Concept', 'image_concepts', 'phrase', 'with_tokens', 'training_texts', 'read_variant',
            'initial_vectors', 'add_tokens', 'NewRows', 'set_vectors', 'token_ids', 'training_images',
-           'few_shot_latents', 'inversion_loss', 'invert', 'vectors_along', 'save_tokens', 'load_tokens']
+           'few_shot_latents', 'inversion_loss', 'invert', 'vectors_along', 'save_tokens', 'load_tokens',
+           'inversion_record', 'inverted']
 
 # %% ../nbs/26_textual_inversion.ipynb #18165e52
+import json
 import re
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,12 +22,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from .core import slug, written_whole
+from .core import device_name, peak_memory_mb, sha256, slugs, written_whole
 from .images import load_radiograph, open_radiograph
 from .stable_diffusion import encode
 from .textual_projection import TEMPLATES
-from .training import TrainingSettings, diffusion_loss, noise_record, run_frozen, tensors_hash, train
-from .training import training_noise_scheduler
+from .training import TrainingSettings, diffusion_loss, made_key, noise_record, read_record, run_frozen
+from .training import settings_record, tensors_hash, train, training_noise_scheduler, write_record, written_folder
 
 # %% ../nbs/26_textual_inversion.ipynb #75bb1db5
 @dataclass(frozen=True)
@@ -253,9 +256,10 @@ def invert(
 ) -> tuple[pd.DataFrame, dict[str, torch.Tensor]]:  # the log of `train`; vectors by token
     """Learn the vectors of new tokens (§2.6, Gal et al. 2022), going on from a checkpoint; all else stays as it is.
 
-    Raises ValueError where `add_tokens` or `token_ids` do, and for texts that lack a token; and what
-    `training_noise_scheduler` and `train` raise.
+    Raises ValueError where `add_tokens` or `token_ids` do, for texts that lack a token, and for tokens that share a file
+    name; and what `training_noise_scheduler` and `train` raise.
     """
+    slugs(list(tokens), "tokens")
     if lost := [token for token in tokens if not any(token in text for own in texts for text in own)]:
         raise ValueError(f"token {lost[0]}: no training text has it")
     noise_scheduler, folder = training_noise_scheduler(pipeline.scheduler), Path(folder)
@@ -281,8 +285,8 @@ def save_tokens(
     folder: Path,  # afterwards it has these tokens and no others
     tokens: dict[str, torch.Tensor],  # token -> vectors, (n, width)
 ) -> list[Path]:
-    "Write learnt tokens for diffusers, each as a file of its name."
-    paths = {Path(folder) / f"{slug(token)}.safetensors": token for token in tokens}
+    "Write learnt tokens for diffusers, each as a file of its name; raises ValueError for two of one name."
+    paths = {Path(folder) / f"{name}.safetensors": token for token, name in slugs(list(tokens), "tokens").items()}
     for old in set(Path(folder).glob("*.safetensors")) - set(paths): old.unlink()
     for path, token in paths.items():
         with written_whole(path) as partial: save_file({token: tokens[token].contiguous()}, partial)
@@ -298,3 +302,48 @@ def load_tokens(
     tokens = {token: vectors for path in paths for token, vectors in load_file(path).items()}
     add_tokens(pipeline, tokens)
     return list(tokens)
+
+# %% ../nbs/26_textual_inversion.ipynb #c08d5e7a
+def inversion_record(
+    pipeline,  # a StableDiffusionPipeline
+    tokens: dict[str, torch.Tensor],  # token -> the vectors it begins with
+    texts: Sequence[Sequence[str]],  # of each image
+    settings: TrainingSettings,
+    given: dict,  # hashes of the model and the data, as JSON values
+) -> dict:  # JSON values
+    "What learnt tokens follow from."
+    noise = noise_record(training_noise_scheduler(pipeline.scheduler))
+    how = {"settings": settings_record(settings), "kept_every": settings.sample_every}
+    # as JSON has it, so that it is equal to one that was read from a file
+    return json.loads(json.dumps({"given": given, **how, "texts": texts, "initial": tensors_hash(tokens), "noise": noise}))
+
+def inverted(
+    pipeline,  # a StableDiffusionPipeline in single precision
+    tokens: dict[str, torch.Tensor],  # token -> the vectors it begins with, (n, width)
+    latents: Sequence[dict],  # of `few_shot_latents`
+    texts: Sequence[Sequence[str]],  # of each image
+    settings: TrainingSettings,
+    folder: Path,  # of the saved tokens
+    work: Path,  # checkpoints lie in a folder below it
+    given: dict,  # hashes of the model and the data, as JSON values
+) -> dict:  # what training.json holds; results: steps, seconds, device, peak_memory_mb, trained_parameters, …
+    """Learn tokens unless they are there, and save them; those that are damaged are learnt again, which is said.
+
+    Raises what `invert` raises.
+    """
+    made_of = inversion_record(pipeline, tokens, texts, settings, given)
+    if about := read_record(folder, "training.json", made_of): return about
+    place = Path(work) / f"{Path(folder).name}-{made_key(made_of)}"
+    log, learned = invert(pipeline, tokens, latents, texts, settings, place, given)
+    moved = {token: round(float(torch.cosine_similarity(v, tokens[token]).mean()), 3) for token, v in learned.items()}
+    results = {
+        "steps": len(log), "seconds": round(float(log.seconds.sum()), 1), "device": device_name(),
+        "peak_memory_mb": peak_memory_mb(), "trained_parameters": sum(v.numel() for v in learned.values()),
+        "final_loss": round(float(log.loss.tail(50).mean()), 4), "cosine_to_initial_word": moved,
+    }
+    with written_folder(folder) as partial:
+        (partial / "along").mkdir()
+        for path in place.glob("vectors_*.safetensors"): shutil.copy(path, partial / "along")
+        log.to_csv(partial / "log.csv", index=False, lineterminator="\n")
+        digests = {path.name: sha256(path) for path in save_tokens(partial, learned)}
+        return write_record(partial, "training.json", {"made_of": made_of, "results": results, "sha256": digests})

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['SCHEDULES', 'LOG', 'TrainingSettings', 'learning_rate', 'global_batch', 'training_noise_scheduler', 'noise_record',
            'denoising_losses', 'WithPrior', 'diffusion_loss', 'tensors_hash', 'cached', 'records', 'run_frozen',
-           'ema_decay', 'checkpoints', 'content_hash', 'settings_record', 'made_key', 'train', 'plot_training']
+           'ema_decay', 'checkpoints', 'content_hash', 'settings_record', 'made_key', 'train', 'written_folder',
+           'write_record', 'check_record', 'read_record', 'plot_training']
 
 # %% ../nbs/02_training.ipynb #75e3e677
 import hashlib
@@ -13,10 +14,11 @@ import json
 import math
 import os
 import random
+import shutil
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -36,7 +38,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.data import Dataset, default_collate
 from tqdm.auto import tqdm
 
-from .core import written_whole
+from .core import sha256, written_whole
 
 # %% ../nbs/02_training.ipynb #b90361f2
 SCHEDULES = {  # name -> share of the peak, by the part of the steps after warm-up that is done
@@ -562,8 +564,16 @@ def _save(state, folder, configuration, keep):
         }
         content["sha256"] = content_hash(content)
         with written_whole(folder / f"step_{state.step:08}.pt") as partial: torch.save(content, partial)
-        for old in checkpoints(folder)[:-keep]: old.unlink()
+        for old in checkpoints(folder)[:-keep]: old.unlink(missing_ok=True)
     accelerator.wait_for_everyone()
+
+# %% ../nbs/02_training.ipynb #d6b45f02
+def _remove_partials(folder):
+    "Remove what processes that were killed have left; another that is at work in the folder keeps its own."
+    for partial in folder.glob(".partial-*-step_*.pt"):
+        try: os.kill(int(partial.name.split("-")[1]), 0)
+        except ProcessLookupError: partial.unlink(missing_ok=True)
+        except PermissionError: pass
 
 # %% ../nbs/02_training.ipynb #be75eb20
 def _whole(path):
@@ -724,7 +734,7 @@ def train(
     configuration = _configuration(state, settings, data, configuration or {})
     if found := checkpoints(folder): _restore(state, found[-1], configuration)
     if state.accelerator.is_main_process:
-        for partial in folder.glob(".partial-*-step_*.pt"): partial.unlink()  # of a run that was killed
+        _remove_partials(folder)
     hidden = not state.accelerator.is_main_process
     with tqdm(total=settings.steps, initial=state.step, desc="training", unit="step", disable=hidden) as bar:
         while state.step < settings.steps:
@@ -738,6 +748,74 @@ def train(
     with torch.no_grad():
         for p, average in zip(state.trained.values(), state.average): p.copy_(average)
     return pd.DataFrame(state.log, columns=LOG).astype({"step": int})
+
+# %% ../nbs/02_training.ipynb #8d05b7a3
+@contextmanager
+def written_folder(
+    folder: Path,  # what was there is replaced
+):
+    "Yield a temporary neighbour of a folder to write to; it takes its place only if the block succeeds."
+    folder = Path(folder)
+    partial, old = (folder.with_name(f".{kind}-{os.getpid()}-{folder.name}") for kind in ("partial", "old"))
+    for left in (partial, old): shutil.rmtree(left, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        while partial.exists():
+            with suppress(FileNotFoundError): folder.rename(old)
+            try: partial.rename(folder)
+            except OSError:  # another process has put its own there in between
+                if not folder.exists(): raise
+            shutil.rmtree(old, ignore_errors=True)
+    finally: shutil.rmtree(partial, ignore_errors=True)
+
+# %% ../nbs/02_training.ipynb #e5b81d39
+def _record_hash(about):
+    known = {key: value for key, value in about.items() if key != "record_sha256"}
+    return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
+
+def write_record(
+    folder: Path,  # of a finished training, with all its files
+    name: str,  # of the record in it
+    about: dict,  # JSON values: made_of, results, and sha256, the hash of each file of weights
+) -> dict:  # what the record holds: about, and the hashes of all other files and of itself
+    "Write the record of a finished training."
+    files = sorted(path.relative_to(folder).as_posix() for path in Path(folder).rglob("*") if path.is_file())
+    others = {file: sha256(folder / file) for file in files if file not in about["sha256"]}
+    # as JSON has it, so that it is equal to one that was read from a file
+    about = json.loads(json.dumps(about | {"files": others}))
+    about |= {"record_sha256": _record_hash(about)}
+    with written_whole(Path(folder) / name) as partial:
+        partial.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+    return about
+
+def check_record(
+    folder: Path,
+    about: dict,  # of `write_record`
+) -> None:
+    "Raise ValueError for a file of a finished training that is missing, or is not what was trained."
+    if about.get("record_sha256", _record_hash(about)) != _record_hash(about):
+        raise ValueError("its record is not what was written")
+    for name, digest in {**about["sha256"], **about.get("files", {})}.items():
+        file = Path(folder) / name
+        if not file.is_file() or sha256(file) != digest: raise ValueError(f"{name} is missing or not what was trained")
+
+# %% ../nbs/02_training.ipynb #7f3ad815
+def read_record(
+    folder: Path,  # of a finished training, there or not
+    name: str,  # of the record in it
+    made_of: dict,  # as in the record
+) -> dict | None:  # what the record holds; None where the training is to be done
+    "Look whether a training is there, whole; warns of one that is damaged."
+    if not Path(folder).is_dir(): return None
+    try:
+        about = json.loads((Path(folder) / name).read_text(encoding="utf-8"))
+        if about["made_of"] != made_of: return None
+        check_record(folder, about)
+        return about
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        why = f"{name} is missing" if isinstance(error, FileNotFoundError) else " ".join(str(error).split())[:120]
+        warnings.warn(f"{folder}: is not a whole training ({why}); it is trained again")
 
 # %% ../nbs/02_training.ipynb #e1f17d49
 def plot_training(

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from cxr_nb.stable_diffusion import encode, encoder_hidden_states, load_pipeline, sample
 from cxr_nb.textual_inversion import (
-    CONCEPTS, NewRows, add_tokens, few_shot_latents, image_concepts, initial_vectors, inversion_loss, invert, load_tokens, save_tokens,
+    CONCEPTS, NewRows, add_tokens, few_shot_latents, image_concepts, initial_vectors, inversion_loss, invert, inverted, load_tokens, save_tokens,
     set_vectors, token_ids, training_texts, vectors_along, with_tokens)
 from cxr_nb.training import TrainingSettings, checkpoints, denoising_losses
 
@@ -247,4 +247,34 @@ def test_an_image_whose_latents_are_not_finite_is_named_and_not_kept(folder, tmp
     vae, cache = load_pipeline(str(folder)).vae, tmp_path / "latents.safetensors"
     with torch.no_grad(): vae.encoder.conv_in.bias[0] = float("inf")
     with pytest.raises(ValueError, match=r"the VAE's mean is not finite for sample 0 \(a\)"): few_shot_latents(vae, IMAGES, cache, {}, list("abcd"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_damaged_tokens_come_back_from_the_checkpoint_alone(folder, latents, tmp_path, monkeypatch):
+    steps, loss = [], inversion_loss
+    def counted(*given): steps.append(1); return loss(*given)
+    monkeypatch.setattr("cxr_nb.textual_inversion.inversion_loss", counted)
+    settings = TrainingSettings(2, sample_every=1, **HOW)
+    def run(name):
+        pipeline, tokens = begin(folder)
+        return inverted(pipeline, tokens, latents, TEXTS, settings, tmp_path / "models" / name, tmp_path / "work", {"images": "ab"})
+    about, other = run("a"), run("b")
+    assert len(steps) == 4 and run("a") == about and len(steps) == 4
+    for name in ("lung_xray.safetensors", "log.csv", "along/vectors_00000001.safetensors", "training.json"):
+        path = tmp_path / "models/a" / name
+        path.write_bytes(path.read_bytes()[:-3])
+        with pytest.warns(UserWarning, match="a: is not a whole training .*; it is trained again"): again = run("a")
+        assert again["sha256"] == about["sha256"] and run("b") == other and len(steps) == 4, name
+    (next((tmp_path / "work").glob("a-*")) / "step_00000002.pt").unlink()
+    (tmp_path / "models/a/no_findings.safetensors").unlink()
+    with pytest.warns(UserWarning, match="no_findings.safetensors is missing"): assert run("a")["sha256"] == about["sha256"]
+    assert len(steps) == 6
+
+
+def test_tokens_that_share_a_file_name_are_refused_before_training(folder, latents, tmp_path):
+    pipeline, _ = begin(folder)
+    tokens = dict.fromkeys(("<lung-xray>", "<lung--xray>"), initial_vectors(pipeline, "lung"))
+    with pytest.raises(ValueError, match="tokens: '<lung--xray>' and '<lung-xray>' would share the file name lung_xray"):
+        invert(pipeline, tokens, latents, [["<lung-xray> <lung--xray>"]] * 4, TrainingSettings(1, **HOW), tmp_path)
+    with pytest.raises(ValueError, match="would share the file name lung_xray"): save_tokens(tmp_path, tokens)
     assert not list(tmp_path.iterdir())

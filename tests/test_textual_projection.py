@@ -166,7 +166,26 @@ def test_saved_and_loaded(bert, clip, tmp_path):
     with pytest.raises(ValueError, match="translates the states of .*cxr_bert, not those of CLIP"): load_projection(place, clip)
     with pytest.raises(FileNotFoundError, match="no projection was kept at step 5"): load_projection(place, bert, 5)
     (place / PROJECTION_FILE).write_bytes(b"broken")
-    with pytest.raises(ValueError, match="is missing or not what was trained; delete"): load_projection(place, bert)
+    with pytest.raises(ValueError, match="is missing or not what was trained; train it again"): load_projection(place, bert)
+
+
+def test_a_damaged_variant_is_said_and_trained_again_alone(bert, clip, tmp_path, monkeypatch):
+    done, settings = [], replace(HOW, steps=2)
+    def counted(*given):
+        log, model = train_projection(*given)
+        done.append(len(log))
+        return log, model
+    monkeypatch.setattr("cxr_nb.textual_projection.train_projection", counted)
+    def run(name): return trained_projection(bert, clip, TOKEN, TEXTS, settings, tmp_path / name, tmp_path / "work")
+    about, other = run("a"), run("b")
+    def flip(path): path.write_bytes(path.read_bytes()[:-1] + bytes([path.read_bytes()[-1] ^ 1]))
+    for name, spoil in [(PROJECTION_FILE, type(tmp_path).unlink), (PROJECTION_FILE, flip), ("config.json", type(tmp_path).unlink),
+                        ("log.csv", flip), ("along/projection_00000002.safetensors", flip)]:
+        spoil(tmp_path / "a" / name)
+        done.clear()
+        with pytest.warns(UserWarning, match="a: is not a whole training .*; it is trained again"): again = run("a")
+        assert again["sha256"] == about["sha256"] and done == [2], name
+        assert run("b") == other and run("a") == again and done == [2]
 
 
 def test_widths_may_differ(clip, wide, tmp_path):

@@ -13,6 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
+from cxr_nb import unet_finetuning
 from cxr_nb.core import sha256
 from cxr_nb.datasets import CONCEPTS
 from cxr_nb.stable_diffusion import encode, load_pipeline, sample
@@ -221,13 +222,56 @@ def test_a_checkpoint_of_another_configuration_is_refused(source, images, tmp_pa
     assert len(checkpoints(tmp_path)) == 1
 
 
-def test_a_damaged_model_is_said(source, images, tmp_path):
-    given = source, VARIANTS["no findings"], images, PROMPTS, replace(HOW, steps=1), tmp_path / "m", tmp_path / "work"
-    about = finetuned(*given)
+def steps_counted(monkeypatch, module):
+    "The trainings that a module does, by their number of steps."
+    real, done = getattr(module, "finetune"), []
+    def counted(*given, **how):
+        log, n = real(*given, **how)
+        done.append(len(log))
+        return log, n
+    monkeypatch.setattr(module, "finetune", counted)
+    return done
+
+
+def flip(path):
+    bent = bytearray(path.read_bytes())
+    bent[len(bent) // 2] ^= 1
+    path.write_bytes(bent)
+
+
+def test_a_damaged_variant_is_said_and_trained_again_alone(source, images, tmp_path, monkeypatch, recwarn):
+    settings = replace(HOW, steps=1, sample_every=1)
+    def look(pipeline): return {"a lung": sample(pipeline, "a lung", [0], steps=2)[0]}
+    def run(name): return finetuned(source, VARIANTS["no findings"], images, PROMPTS, settings, tmp_path / name, tmp_path / "work", look)
+    about, other, done = run("m"), run("n"), steps_counted(monkeypatch, unet_finetuning)
     assert read_finetuned(tmp_path / "m", about["made_of"]) == about == json.loads((tmp_path / "m/training.json").read_text())
-    weights = tmp_path / "m/unet/diffusion_pytorch_model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-4] + b"\0\0\0\1")
-    with pytest.raises(ValueError, match="safetensors: is missing or not what was trained; delete .*m, and it is trained again"): finetuned(*given)
+    assert run("m") == about and done == []
+    untouched = {path: path.stat().st_mtime_ns for path in (tmp_path / "n").rglob("*")}
+    for name, spoil in [("unet/diffusion_pytorch_model.safetensors", flip), ("log.csv", Path.unlink), ("samples/000001/a_lung/0000.png", flip),
+                        ("unet/config.json", Path.unlink), ("training.json", Path.unlink), ("training.json", flip)]:
+        spoil(tmp_path / "m" / name)
+        done.clear(); recwarn.clear()
+        assert run("m")["sha256"] == about["sha256"] and done == [1], name
+        said = [str(w.message) for w in recwarn if "is not a whole training" in str(w.message)]
+        assert len(said) == 1 and str(tmp_path / "m") in said[0] and said[0].endswith("it is trained again"), name
+        assert run("n") == other and done == [1]
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "n").rglob("*")} == untouched
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["m", "n", "work"]
+
+
+def test_two_runs_in_one_folder_both_end(source, images, tmp_path, monkeypatch):
+    "A second run of the same saves, and clears the checkpoints, while the first is about to save."
+    given = source, VARIANTS["no findings"], images, PROMPTS, replace(HOW, steps=1), tmp_path / "m", tmp_path / "work"
+    save, ended = unet_finetuning.save_finetuned, []
+    def later(*rest):
+        monkeypatch.setattr(unet_finetuning, "save_finetuned", save)
+        monkeypatch.setattr("cxr_nb.training.os.getpid", lambda: 1)
+        ended.append(finetuned(*given))
+        monkeypatch.undo()
+        return save(*rest)
+    monkeypatch.setattr(unet_finetuning, "save_finetuned", later)
+    assert finetuned(*given)["sha256"] == ended[0]["sha256"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["m", "work"] and list((tmp_path / "work").iterdir()) == []
 
 
 @pytest.mark.parametrize("cache", [True, False])
