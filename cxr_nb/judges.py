@@ -11,6 +11,7 @@ __all__ = ['RESIZE', 'SHAPE', 'OUTPUTS', 'unit_images', 'image_batches', 'Classi
 import json
 import pickle
 import re
+import tarfile
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -151,9 +152,21 @@ _READER = SimpleNamespace(  # what torch.load needs of a pickle module
     __name__="tensors_only", Unpickler=_TensorsOnly, load=lambda file, **how: _TensorsOnly(file, **how).load()
 )
 
+# %% ../nbs/04_judges.ipynb #08b473de
+def _check_no_program(path):
+    "Raise ValueError for a file that torch.load would hand to torch.jit.load, or unpack, whatever pickle module it is given."
+    if tarfile.is_tarfile(path): raise ValueError("a tar archive, not tensors")
+    with open(path, "rb") as file:
+        if file.read(4) != b"PK\x03\x04": return
+    parts = torch.PyTorchFileReader(str(path)).get_all_records()  # torch's own reader: another may see other parts
+    code = [part for part in parts if part == "constants.pkl" or part.startswith("code/")]
+    if code: raise ValueError(f"a TorchScript archive, with code to run: {code[0]}")
+
+# %% ../nbs/04_judges.ipynb #8c0e39c2
 def _opened(path, what, **how):
     "What a torch file holds; ValueError where it is broken or is refused."
     try:
+        _check_no_program(path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that the source of layers changed since they were saved
             return torch.load(path, map_location="cpu", **how)

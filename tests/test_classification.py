@@ -1,7 +1,13 @@
 "Scores of generated images against scikit-learn, the paper's own arithmetic, counting and a bootstrap written out."
+import io
+import pickle
+import tarfile
+import zipfile
+
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score, f1_score, precision_score, recall_score, roc_auc_score
@@ -179,6 +185,66 @@ def test_images_are_those_the_records_name(tmp_path):
     with pytest.raises(ValueError, match="a_with_b/p: images of 2 sizes"): read_images([tmp_path / path for path in found.path[:2]])
     (tmp_path / found.path[1]).unlink()
     with pytest.raises(ValueError, match="a_with_b/p: holds 1 images, its record says 2; draw them again"): generated_images(tmp_path, sets)
+
+
+class Writer(torch.nn.Module):
+    "TorchScript that writes a file as it is loaded."
+
+    def __init__(self, path: str):
+        super().__init__()
+        self.path = path
+
+    def forward(self, x: torch.Tensor): return x
+
+    @torch.jit.export
+    def __getstate__(self): return self.path, self.training
+
+    @torch.jit.export
+    def __setstate__(self, state: tuple[str, bool]):
+        self.path, self.training = state
+        torch.ops.aten.save(torch.zeros(1), self.path)
+
+
+class Trap:
+    def __init__(self, path): self.path = path
+    def __reduce__(self): return open, (self.path, "w")
+
+
+def torchscript(path, trap): torch.jit.save(torch.jit.script(Writer(trap)), path)
+def pickled(path, trap): torch.save({"weights": Trap(trap)}, path)
+def pickled_long_ago(path, trap): torch.save(Trap(trap), path, _use_new_zipfile_serialization=False)
+def plain_pickle(path, trap): path.write_bytes(pickle.dumps(Trap(trap)))
+
+
+def zipped(path, trap):
+    with zipfile.ZipFile(path, "w") as archive:
+        for name in ("archive/data.pkl", "archive/version", "archive/code/__torch__.py"): archive.writestr(name, pickle.dumps(Trap(trap)))
+
+
+def tarred(path, trap):
+    with tarfile.open(path, "w") as archive:
+        for name in ("storages", "tensors", "pickle"):
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content := pickle.dumps(Trap(trap)))
+            archive.addfile(entry, io.BytesIO(content))
+
+
+@pytest.mark.parametrize("make", [torchscript, pickled, pickled_long_ago, plain_pickle, zipped, tarred])
+@pytest.mark.filterwarnings("ignore")
+def test_weights_that_are_code_are_refused_and_not_run(tmp_path, monkeypatch, make):
+    from torchxrayvision import models, utils
+    name, trap = "densenet121-res224-all", str(tmp_path / "trap")
+    monkeypatch.setattr(utils, "get_cache_dir", lambda: str(tmp_path / "home"))
+    path = tmp_path / "home" / models.model_urls[name]["weights_url"].rsplit("/", 1)[1]
+    path.parent.mkdir()
+    make(path, trap)
+    if make is torchscript:
+        (tmp_path / "trap").unlink(missing_ok=True)
+        torch.jit.load(str(path))
+        assert (tmp_path / "trap").exists(), "the trap works"
+        (tmp_path / "trap").unlink()
+    with pytest.raises(ValueError, match=f"^classifier {name}: .*download it again$"): load_classifier(name)
+    assert not (tmp_path / "trap").exists()
 
 
 def test_a_judge_finds_effusions_in_phantoms_and_tells_when_they_are_swapped(tmp_path):
