@@ -304,13 +304,20 @@ def _inception(layer, device):
 # %% ../nbs/04_judges.ipynb #7b0f5d11
 def _vision_model(folder, name, device):
     "A vision model of transformers, fed as the file beside it says."
-    from transformers import AutoModel
+    from transformers import CONFIG_MAPPING, AutoModel
     told = json.loads((folder / "preprocessor_config.json").read_text(encoding="utf-8"))
     if lost := [key for key in ("size", "image_mean", "image_std") if key not in told]:
         raise ValueError(f"extractor {folder}: preprocessor_config.json lacks {', '.join(lost)}")
-    try: model = AutoModel.from_pretrained(folder, dtype=torch.float32, use_safetensors=True).eval()
-    except (OSError, ValueError) as error:
-        raise ValueError(f"extractor {folder}: {str(error).splitlines()[0]}") from None
+    kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+    if kind not in CONFIG_MAPPING:
+        raise ValueError(f"extractor {folder}: config.json says model_type {kind!r}, which transformers does not know; "
+                         "code that comes with a model is not run")
+    try:
+        model = AutoModel.from_pretrained(
+            folder, dtype=torch.float32, use_safetensors=True, local_files_only=True, trust_remote_code=False
+        ).eval()
+    except Exception as error:  # settings that do not fit show as any
+        raise ValueError(f"extractor {folder}: {type(error).__name__}: {' '.join(str(error).split())[:160]}") from None
     model.to(torch_device(device))
     size = next(iter(told["size"].values()))  # of the shortest edge, or of either side: images are square here
     mean, std = (torch.tensor(told[key], device=model.device).view(3, 1, 1) for key in ("image_mean", "image_std"))

@@ -63,7 +63,7 @@ def _load_quietly(kind, folder, **how):
     levels, bars = [log.get_verbosity() for log in loggers], transformers_logging.is_progress_bar_enabled()
     for log in loggers: log.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    try: return kind.from_pretrained(folder, local_files_only=True, **how)
+    try: return kind.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **how)
     finally:
         for log, level in zip(loggers, levels): log.set_verbosity(level)
         if bars: transformers_logging.enable_progress_bar()

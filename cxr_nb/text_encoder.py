@@ -115,14 +115,14 @@ class TextEncoder:
     head: torch.nn.Module | None = None  # the "model specific" projection of the CLS hidden state
 
 # %% ../nbs/24_text_encoder.ipynb #5fb7b11c
-def _quietly(load, *args, **kwargs):
-    "Call a from_pretrained without its progress bars and reports: what they say is checked right after."
+def _quietly(kind, folder, **settings):
+    "A from_pretrained without its progress bars and reports: what they say is checked right after."
     # transformers is slow to import and only loading needs it; the score and its readers do without
     from transformers.utils import logging as transformers_logging
     level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    try: return load(*args, **kwargs)
+    try: return kind.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **settings)
     finally:
         transformers_logging.set_verbosity(level)
         if bars: transformers_logging.enable_progress_bar()
@@ -134,9 +134,7 @@ def _unreadable(name, error):
 def _load_strictly(model_class, folder, name):
     "Load a model; returns it and whether its pooler was in the checkpoint. ValueError for any other missing weight."
     try:
-        model, info = _quietly(
-            model_class.from_pretrained, folder, output_loading_info=True, dtype=torch.float32, local_files_only=True
-        )
+        model, info = _quietly(model_class, folder, output_loading_info=True, dtype=torch.float32)
     except Exception as error: raise _unreadable(name, error) from error
     lost = sorted(
         k for k in (*info["missing_keys"], *(m[0] for m in info["mismatched_keys"])) if "position_ids" not in k
@@ -190,7 +188,7 @@ def _load_cxr_bert(folder, config, name):
 # %% ../nbs/24_text_encoder.ipynb #e01f14c4
 def _tokenizer(kind, folder, source, vocab_size):
     casing = {} if source.lower_case is None else {"do_lower_case": source.lower_case}
-    tokenizer = _quietly(kind.from_pretrained, folder, local_files_only=True, **casing)
+    tokenizer = _quietly(kind, folder, **casing)
     # a vocabulary may be padded to a multiple of 128; a tokenizer that lost its files knows a handful of words
     if not vocab_size - 128 < len(tokenizer) <= vocab_size:
         raise ValueError(

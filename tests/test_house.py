@@ -49,6 +49,23 @@ def test_imports_flow_downward():
             assert number[module].isdigit() and number[module] < prefix, f"{name} imports {module} of {number[module]}"
 
 
+def calls_of_from_pretrained(module):
+    "Calls in a module of the package, and their lines; a from_pretrained that is handed on uncalled is one, too."
+    tree = ast.parse((ROOT / f"cxr_nb/{module}.py").read_text())
+    called = {id(node.func): node for node in ast.walk(tree) if isinstance(node, ast.Call)}
+    named = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute) and node.attr == "from_pretrained"]
+    return [(node.lineno, called.get(id(node))) for node in named]
+
+
+def test_no_code_of_a_checkpoint_is_run():
+    "Wherever a library might ask whether it may run code that comes with a model, it is told that it may not."
+    calls = {f"{path.stem}, line {line}": call for path in sorted((ROOT / "cxr_nb").glob("*.py")) for line, call in calls_of_from_pretrained(path.stem)}
+    assert {name.split(",")[0] for name in calls} >= {"judges", "miniature", "stable_diffusion", "text_encoder"}
+    for name, call in calls.items():
+        said = {k.arg: ast.unparse(k.value) for k in call.keywords} if call else {}
+        assert said.get("trust_remote_code") == "False", f"{name}: pass trust_remote_code=False"
+
+
 @pytest.mark.parametrize("profile", PROFILES)
 def test_profiles_fit_the_notebooks(profile):
     for notebook in core.load_profile(profile): core.resolve_parameters(notebook, profile)
