@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
-from .checkpoints import find_checkpoint, split_place
+from .checkpoints import find_checkpoint, read_settings, split_place
 from .core import find_path, sha256, torch_device, written_whole
 
 # %% ../nbs/04_judges.ipynb #d0ebfb92
@@ -114,6 +114,10 @@ def save_classifier(
 def _check_config(config, where):
     lost = [key for key in (*SHAPE, "targets", "image_size") if key not in config]
     if lost: raise ValueError(f"{where}: the config of a classifier lacks {', '.join(lost)}")
+    if not isinstance(config["targets"], list) or not all(isinstance(target, str) for target in config["targets"]):
+        raise ValueError(f"{where}: targets is a list of names")
+    if not isinstance(config["image_size"], int) or config["image_size"] < 1:
+        raise ValueError(f"{where}: image_size is a number of pixels, not {config['image_size']!r}")
     if len(config["targets"]) != OUTPUTS:
         raise ValueError(f"{where}: {len(config['targets'])} targets; a classifier has {OUTPUTS}, empty where unused")
 
@@ -192,10 +196,11 @@ def _published_classifier(name):
 def _local_classifier(folder, name):
     "A classifier from a folder that has its files."
     what, path = f"classifier {folder}", folder / "model.safetensors"
-    try: config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except ValueError as error: raise ValueError(f"{what}: config.json is not JSON ({error})") from None
+    config = read_settings(folder / "config.json", what)
     _check_config(config, what)
-    model = build_classifier(config)
+    try: model = build_classifier(config)
+    except Exception as error:  # values that are no shape show as any
+        raise ValueError(f"{what}: config.json describes no DenseNet ({type(error).__name__}: {error})") from None
     try: model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in load_file(path).items()})
     except (RuntimeError, SafetensorError) as error:
         why = " ".join(str(error).split())[:200]
@@ -305,11 +310,11 @@ def _inception(layer, device):
 def _vision_model(folder, name, device):
     "A vision model of transformers, fed as the file beside it says."
     from transformers import CONFIG_MAPPING, AutoModel
-    told = json.loads((folder / "preprocessor_config.json").read_text(encoding="utf-8"))
+    told = read_settings(folder / "preprocessor_config.json", f"extractor {folder}")
     if lost := [key for key in ("size", "image_mean", "image_std") if key not in told]:
         raise ValueError(f"extractor {folder}: preprocessor_config.json lacks {', '.join(lost)}")
-    kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
-    if kind not in CONFIG_MAPPING:
+    kind = read_settings(folder / "config.json", f"extractor {folder}").get("model_type")
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
         raise ValueError(f"extractor {folder}: config.json says model_type {kind!r}, which transformers does not know; "
                          "code that comes with a model is not run")
     try:

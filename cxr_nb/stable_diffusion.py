@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
-from .checkpoints import choose_files, files_in, find_checkpoint, split_place
+from .checkpoints import choose_files, files_in, find_checkpoint, read_settings, split_place
 from .core import sha256, torch_device, written_whole
 from .judges import unit_images
 
@@ -68,6 +68,10 @@ def _load_quietly(kind, folder, **how):
         for log, level in zip(loggers, levels): log.set_verbosity(level)
         if bars: transformers_logging.enable_progress_bar()
 
+def _unreadable(what, part, error):
+    "A broken file shows as any of several libraries' errors."
+    return ValueError(f"{what}: {part} cannot be read ({type(error).__name__}: {' '.join(str(error).split())[:160]})")
+
 def _load_network(part, folder, dtype, what):
     "A part with weights; ValueError where they cannot be read, are not all there, or do not fit."
     from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -75,9 +79,7 @@ def _load_network(part, folder, dtype, what):
     kind = {"vae": AutoencoderKL, "unet": UNet2DConditionModel, "text_encoder": CLIPTextModel}[part]
     precision = {"dtype" if part == "text_encoder" else "torch_dtype": dtype}
     try: model, info = _load_quietly(kind, folder, output_loading_info=True, **precision)
-    except Exception as error:  # a broken file shows as any of several libraries' errors
-        why = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
-        raise ValueError(f"{what}: {part} cannot be read ({why})") from None
+    except Exception as error: raise _unreadable(what, part, error) from None
     wrong = [*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])]
     lost = sorted(key for key in wrong if "position_ids" not in key)
     if lost: raise ValueError(f"{what}: {part} lacks {len(lost)} weights, the first is {lost[0]}")
@@ -86,18 +88,20 @@ def _load_network(part, folder, dtype, what):
 # %% ../nbs/22_stable_diffusion.ipynb #28eec966
 def _load_tokenizer(folder, what):
     from transformers import CLIPTokenizer
-    tokenizer = _load_quietly(CLIPTokenizer, folder)
+    try: tokenizer = _load_quietly(CLIPTokenizer, folder)
+    except Exception as error: raise _unreadable(what, "tokenizer", error) from None
     # one that does not find its files knows its two special tokens
     if len(tokenizer) < 258: raise ValueError(f"{what}: its tokenizer knows {len(tokenizer)} tokens, no CLIP's")
     return tokenizer
 
 def _load_scheduler(folder, what):
     import diffusers
-    name = json.loads((folder / "scheduler_config.json").read_text(encoding="utf-8")).get("_class_name", "")
-    kind = getattr(diffusers, name, None)
+    name = read_settings(folder / "scheduler_config.json", what).get("_class_name", "")
+    kind = getattr(diffusers, str(name), None)
     if not (isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)):
         raise ValueError(f"{what}: scheduler '{name}' is none of diffusers'")
-    return _load_quietly(kind, folder)
+    try: return _load_quietly(kind, folder)
+    except Exception as error: raise _unreadable(what, "scheduler", error) from None
 
 def _load(part, folder, device, dtype, what):
     if part == "tokenizer": return _load_tokenizer(folder / part, what)

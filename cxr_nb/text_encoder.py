@@ -27,7 +27,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import Normalizer
 from tqdm.auto import tqdm
 
-from .checkpoints import find_checkpoint, split_place
+from .checkpoints import find_checkpoint, read_settings, split_place
 from .core import sha256, torch_device
 
 # %% ../nbs/24_text_encoder.ipynb #fda0ac4c
@@ -188,7 +188,10 @@ def _load_cxr_bert(folder, config, name):
 # %% ../nbs/24_text_encoder.ipynb #e01f14c4
 def _tokenizer(kind, folder, source, vocab_size):
     casing = {} if source.lower_case is None else {"do_lower_case": source.lower_case}
-    tokenizer = _quietly(kind, folder, **casing)
+    try: tokenizer = _quietly(kind, folder, **casing)
+    except Exception as error:  # a broken file shows as any of several libraries' errors
+        why = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+        raise ValueError(f"text encoder {source.name}: its tokenizer cannot be read ({why})") from None
     # a vocabulary may be padded to a multiple of 128; a tokenizer that lost its files knows a handful of words
     if not vocab_size - 128 < len(tokenizer) <= vocab_size:
         raise ValueError(
@@ -223,9 +226,7 @@ def _load_clip(folder, source):
 
 def _load_bert(folder, source):
     from transformers import BertModel, BertTokenizer
-    try: config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"text encoder {source.name}: config.json is not JSON ({error})") from None
+    config = read_settings(folder / "config.json", f"text encoder {source.name}")
     kind, head = config.get("model_type"), None
     if kind not in ("bert", "cxr-bert"):
         raise ValueError(

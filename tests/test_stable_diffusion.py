@@ -242,6 +242,13 @@ def test_a_scheduler_is_one_of_diffusers(folder, tmp_path):
     with pytest.raises(ValueError, match="scheduler 'os' is none of diffusers'"): load_component(str(tmp_path / "copy"), "scheduler")
 
 
+@pytest.mark.parametrize("content", ["[]", "3", "{", ""])
+@pytest.mark.parametrize("file", ["vae/config.json", "unet/config.json", "text_encoder/config.json", "scheduler/scheduler_config.json", "tokenizer/tokenizer_config.json"])
+def test_settings_of_another_kind_are_refused_in_one_line(folder, tmp_path, file, content):
+    (copy(folder, tmp_path) / file).write_text(content)
+    with pytest.raises(ValueError, match=r"^Stable Diffusion \S+copy: [^\n]+$"): load_component(str(tmp_path / "copy"), file.split("/")[0])
+
+
 def test_a_folder_goes_before_a_hub_id(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(folder, tmp_path / "CompVis/stable-diffusion-v1-4")

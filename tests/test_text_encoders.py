@@ -129,7 +129,10 @@ def test_wrong_files_are_named(made, tmp_path_factory):
     assert "Missing key(s)" in fails("CXR-BERT-specialized", lambda f: without(f, "layer.1."))
     assert "dense_to_output" in fails("CXR-BERT-specialized", lambda f: without(f, "dense_to_output"))
     assert "model_type 'gpt2'" in fails("SapBERT", lambda f: (f / "config.json").write_text('{"model_type": "gpt2"}'))
+    for text in ("[]", "3", "null"): assert "config.json holds settings by name, not " in fails("SapBERT", lambda f: (f / "config.json").write_text(text))
     assert "config.json is not JSON" in fails("SapBERT", lambda f: (f / "config.json").write_text("{"))
+    assert "cannot be read" in fails("CLIP", lambda f: (f / "text_encoder/config.json").write_text("[]"))
+    assert "its tokenizer" in fails("SapBERT", lambda f: (f / "tokenizer_config.json").write_text("[]"))
     for name in ("RadBERT", "CXR-BERT-specialized"):
         assert "cannot be read as plain tensors" in fails(name, lambda f: (f / "pytorch_model.bin").write_bytes(b"PK\x03\x04 half a file"))
 
