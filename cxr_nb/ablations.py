@@ -25,7 +25,7 @@ from .judges import features, probabilities
 from .metrics import frechet_distance, group_mean_intervals
 from .stable_diffusion import load_pipeline, sample
 from .text_encoder import retrieval_scores
-from .training import LOG, TrainingSettings, cached, checkpoints, made_key, settings_record
+from .training import LOG, TrainingSettings, cached, check_record, checkpoints, made_key, settings_record
 from .unet_finetuning import Variant, finetune, finetuning_record, open_finetuned, read_finetuned, save_finetuned
 from .unet_finetuning import training_samples
 
@@ -76,15 +76,16 @@ def saved_along(
     samples = training_samples(variant, images, prompts)
     made_of = {**finetuning_record(pipeline, variant, samples, prompts), "settings": settings_record(settings)}
     places = {step: Path(folder) / f"step_{step:06}" for step in at}
-    if all(read_finetuned(place, made_of | {"after": step}) for step, place in places.items()): return places
+    lost = [step for step, place in places.items() if not read_finetuned(place, made_of | {"after": step})]
+    if not lost: return places
     def keep(step):
-        if step not in places: return
+        if step not in lost: return
         # the log comes when the training has ended
         save_finetuned(pipeline, places[step], {"made_of": made_of | {"after": step}}, pd.DataFrame(columns=LOG))
     place = Path(work) / f"{Path(folder).name}_{made_key(made_of)}"
     log, _ = finetune(pipeline, variant, samples, prompts, settings, place, look=keep)
     log.to_csv(Path(folder) / "log.csv", index=False, lineterminator="\n")
-    shutil.rmtree(place)
+    shutil.rmtree(place, ignore_errors=True)
     return places
 
 # %% ../nbs/E_ablations.ipynb #dbe2575e
@@ -98,14 +99,17 @@ def drawn_by(
     scheduler: str = "",  # a name of SCHEDULERS; empty: the model's own
     **drawing,  # steps, guidance_scale, size and batch_size, as `sample` takes them
 ) -> dict[str, torch.Tensor]:  # finding -> (n, 3, size, size) uint8
-    "Images of a fine-tuned model; raises what `open_finetuned` and `sample` raise."
-    weights = json.loads((Path(folder) / "training.json").read_text(encoding="utf-8"))["sha256"]
+    "Images of a fine-tuned model; raises ValueError for a damaged one, and what `open_finetuned` and `sample` raise."
+    about = json.loads((Path(folder) / "training.json").read_text(encoding="utf-8"))
     opened, found = [], {}
     for finding, prompt in prompts.items():
-        made_of = {"weights": weights, "source": source, "prompt": prompt, "seeds": list(seeds), "scheduler": scheduler}
+        made_of = {"weights": about["sha256"], "source": source, "prompt": prompt, "seeds": list(seeds), "scheduler": scheduler}
         made_of |= drawing
         def compute():
-            if not opened: opened.append(open_finetuned(folder, source, device, scheduler))
+            if not opened:
+                try: check_record(folder, about)
+                except ValueError as error: raise ValueError(f"{folder}: {error}; run what trains it again") from None
+                opened.append(open_finetuned(folder, source, device, scheduler))
             return {"images": sample(opened[0], prompt, seeds, **drawing)}
         found[finding] = cached(Path(work) / f"{made_key(made_of)}.safetensors", made_of, compute)["images"]
     return found

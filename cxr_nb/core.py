@@ -152,13 +152,16 @@ PARAMETER_TYPES = {
 }
 
 # %% ../nbs/00_core.ipynb #5e1a07f2
+def _as_text(value): return str(value).lower() if isinstance(value, bool) else str(value)
+
 def _what_to_write(value, type_name):
     "The end of a message on a value of the wrong type: what to write instead, where that is plain."
+    word = isinstance(value, bool | int | float | str)
     if type_name == "list" and isinstance(value, list) and not any(v is None or isinstance(v, list | dict) for v in value):
-        return f"; quote each: {json.dumps([v if isinstance(v, str) else str(v) for v in value], ensure_ascii=False)}"
-    if type_name == "list" and isinstance(value, str | int | float): return f"; put it in brackets: {json.dumps([str(value)], ensure_ascii=False)}"
+        return f"; quote each: {json.dumps([_as_text(v) for v in value], ensure_ascii=False)}"
+    if type_name == "list" and word: return f"; put it in brackets: {json.dumps([_as_text(value)], ensure_ascii=False)}"
     if value is None: return {"str": '; for no text write ""', "list": "; for an empty list write []"}.get(type_name, "")
-    if type_name == "str" and isinstance(value, bool | int | float): return f"; quote it: {json.dumps(str(value))}"
+    if type_name == "str" and word: return f'; quote it: "{_as_text(value)}"'
     return "; write true or false" if type_name == "bool" else ""
 
 # %% ../nbs/00_core.ipynb #5666c9a2
@@ -173,10 +176,11 @@ def check_parameter(
         raise TypeError(
             f"{where}: parameter '{name}' is declared as {type_name}; use one of {', '.join(PARAMETER_TYPES)}"
         )
-    if not PARAMETER_TYPES[type_name](value):
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        wanted = "list of text" if type_name == "list" else "a finite number" if type_name == "float" and is_number else type_name
-        raise TypeError(f"{where}: parameter '{name}' takes {wanted}, not {value!r} ({type(value).__name__}){_what_to_write(value, type_name)}")
+    if PARAMETER_TYPES[type_name](value): return
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    wanted = {"list": "list of text", "float": "a finite number" if is_number else "float"}.get(type_name, type_name)
+    given = f"{value!r} ({type(value).__name__}){_what_to_write(value, type_name)}"
+    raise TypeError(f"{where}: parameter '{name}' takes {wanted}, not {given}")
 
 # %% ../nbs/00_core.ipynb #faf246e2
 def declared_parameters(
@@ -189,7 +193,8 @@ def declared_parameters(
     """
     path = source_file(f"{notebook}.ipynb")
     if not path.exists():
-        raise FileNotFoundError(f"notebook {notebook}: no file nbs/{notebook}.ipynb{suggestion(notebook, source_names('', '.ipynb'))}")
+        near = suggestion(notebook, source_names("", ".ipynb"))
+        raise FileNotFoundError(f"notebook {notebook}: no file nbs/{notebook}.ipynb{near}")
     cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
     tagged = [c for c in cells if "parameters" in c["metadata"].get("tags", [])]
     if len(tagged) != 1: raise ValueError(f"notebook {notebook}: {len(tagged)} cells tagged 'parameters', expected one")
@@ -311,13 +316,16 @@ def resolve_parameters(
     sections = load_profile(profile)
     where = f"profile '{profile}', notebook {notebook}"
     if notebook not in sections:
-        raise KeyError(f"{where}: the profile has no section {notebook}; it has {', '.join(sections)}{suggestion(notebook, [*sections])}")
-    if "profile" in sections[notebook] | (overrides or {}): raise KeyError(f"{where}: 'profile' is no parameter to override; use --profile")
+        known = ", ".join(sections) + suggestion(notebook, [*sections])
+        raise KeyError(f"{where}: the profile has no section {notebook}; it has {known}")
+    if "profile" in sections[notebook] | (overrides or {}):
+        raise KeyError(f"{where}: 'profile' is no parameter to override; use --profile")
     declared = declared_parameters(notebook)
     given = sections[notebook] | {"profile": profile} | (overrides or {})
     for name in given:
-        if name not in declared:
-            raise KeyError(f"{where}: unknown parameter '{name}'; it takes {', '.join(declared)}{suggestion(name, [*declared])}")
+        if name in declared: continue
+        known = ", ".join(declared) + suggestion(name, [*declared])
+        raise KeyError(f"{where}: unknown parameter '{name}'; it takes {known}")
     for name, (type_name, _) in declared.items():
         if name not in given: raise KeyError(f"{where}: missing parameter '{name}' ({type_name})")
         check_parameter(where, name, given[name], type_name)
@@ -327,9 +335,9 @@ def resolve_parameters(
 def notebook_named(
     text: str,  # "33_text_encoder_results", "nbs/33_text_encoder_results.ipynb", "33"
 ) -> str:  # its stem
-    """The notebook a person means: its name, else the one whose name begins so; a folder before it and `.ipynb` do not count.
+    """The notebook a person means: its name, else the one whose name begins so.
 
-    Raises FileNotFoundError where there is none, ValueError where there are several.
+    A folder before it and `.ipynb` do not count. Raises FileNotFoundError where there is none, ValueError where there are several.
     """
     known, name = source_names("", ".ipynb"), Path(text).name.removesuffix(".ipynb")
     fitting = [name] if name in known else [one for one in known if name and one.startswith(name)]
@@ -368,8 +376,10 @@ def sha256(
 
 # %% ../nbs/00_core.ipynb #5e1a0801
 # a hook, or a person with two repositories, may have these set to another one than the one a folder lies in
-_OF_ONE_REPOSITORY = {"GIT_DIR", "GIT_WORK_TREE", "GIT_COMMON_DIR", "GIT_INDEX_FILE", "GIT_OBJECT_DIRECTORY", "GIT_NAMESPACE",
-                      "GIT_PREFIX", "GIT_CEILING_DIRECTORIES"}
+_OF_ONE_REPOSITORY = {
+    "GIT_DIR", "GIT_WORK_TREE", "GIT_COMMON_DIR", "GIT_INDEX_FILE", "GIT_OBJECT_DIRECTORY", "GIT_NAMESPACE", "GIT_PREFIX",
+    "GIT_CEILING_DIRECTORIES",
+}
 
 def _git(
     folder: Path,  # where git looks
@@ -397,13 +407,14 @@ def git_commit() -> str | None:
 # %% ../nbs/00_core.ipynb #6ea6f3c1
 def _tracked_at(place, as_set):
     "Whether git would track a file where it really lies; raises RuntimeError where git does not tell."
+    unknown = f"{place}: git does not tell whether it would track this"
     mend = "mend that, or set CXR_NB_OUTPUTS to a folder outside of any git repository"
     folder = next(folder for folder in place.parents if folder.is_dir())
     try: asked = _git(folder, "check-ignore", "--quiet", str(place), as_set=as_set)
-    except OSError as error: raise RuntimeError(f"{place}: git does not tell whether it would track this ({error}); {mend}") from None
+    except OSError as error: raise RuntimeError(f"{unknown} ({error}); {mend}") from None
     if asked.returncode in (0, 1): return asked.returncode == 1
     said = (asked.stderr.strip().splitlines() or [f"exit status {asked.returncode}"])[0]
-    raise RuntimeError(f"{place}: git does not tell whether it would track this ({said}); {mend}")
+    raise RuntimeError(f"{unknown} ({said}); {mend}")
 
 # %% ../nbs/00_core.ipynb #5e1a0802
 def git_would_track(

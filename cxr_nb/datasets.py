@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['CHEXPERT_LABELS', 'COHORT_COLUMNS', 'MAX_REPORT', 'NIH_FINDINGS', 'MESH_TERMS', 'LABEL_POLICIES', 'SPLITS',
-           'INVERTED', 'XRV_NAMES', 'CONCEPTS', 'NEGBIO_NAMES', 'RESTRICTED', 'read_cohort', 'read_chexpert',
-           'read_mimic_cxr', 'read_nih', 'openi_archive', 'read_openi', 'impression_section', 'labels_from_mesh',
-           'openi_cohort', 'read_folder', 'report_texts', 'apply_label_policy', 'hash_uniform', 'with_splits',
-           'sample_frontal', 'image_paths', 'looks_inverted', 'with_inverted', 'CohortImages', 'only_finding',
-           'few_shot_candidates', 'read_few_shot_choice', 'sample_captions', 'single_label', 'wording',
-           'text_evaluation_set', 'label_agreement', 'read_reference_labels', 'named_folders', 'text_sets',
-           'portable_place', 'read_sources']
+           'INVERTED', 'XRV_NAMES', 'CONCEPTS', 'NEGBIO_NAMES', 'RESTRICTED', 'MADE_HERE', 'read_cohort',
+           'read_chexpert', 'read_mimic_cxr', 'read_nih', 'openi_archive', 'read_openi', 'impression_section',
+           'labels_from_mesh', 'openi_cohort', 'read_folder', 'report_texts', 'apply_label_policy', 'hash_uniform',
+           'with_splits', 'sample_frontal', 'image_paths', 'looks_inverted', 'with_inverted', 'CohortImages',
+           'only_finding', 'few_shot_candidates', 'read_few_shot_choice', 'sample_captions', 'single_label', 'wording',
+           'text_evaluation_set', 'label_agreement', 'read_reference_labels', 'named_folders', 'places_of_others',
+           'text_sets', 'portable_place', 'read_sources']
 
 # %% ../nbs/21_datasets.ipynb #11561e7a
 import codecs
@@ -80,7 +80,10 @@ def _as_cohort(rows, source):
     )
 
 # %% ../nbs/21_datasets.ipynb #ed0d3887
-_ENCODINGS = {codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF32_BE: "UTF-32", codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16"}
+_ENCODINGS = {  # UTF-32's mark begins with UTF-16's
+    codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF32_BE: "UTF-32",
+    codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16",
+}
 _SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "vertical bars"}
 
 def _check_text(path):
@@ -105,7 +108,8 @@ def _table_errors(path):
     try: yield
     except FileNotFoundError: raise FileNotFoundError(f"{path}: no such file") from None
     except (pa.ArrowInvalid, OSError, EOFError, zlib.error) as error:
-        if "invalid UTF8" in str(error): raise ValueError(f"{path}: is not UTF-8 text; save it as UTF-8 ({error})") from None
+        if "invalid UTF8" in str(error):
+            raise ValueError(f"{path}: is not UTF-8 text; save it as UTF-8 ({error})") from None
         raise ValueError(f"{path}: not a readable CSV file ({' '.join(str(error).split())[:200]})") from None
 
 def _header(path):
@@ -123,7 +127,8 @@ def _read_table(path, columns, labels=()):
     names = _header(path)
     missing = [c for c in (*columns, *labels) if c not in names]
     if missing:
-        raise ValueError(f"{path}: column '{missing[0]}' is missing; it has {', '.join(filter(None, names)) or 'no named column'}")
+        there = ", ".join(filter(None, names)) or "no named column"
+        raise ValueError(f"{path}: column '{missing[0]}' is missing; it has {there}")
     # as categories, 14 labels of 227,827 studies are looked at in no time
     kinds = dict.fromkeys(columns, pa.string()) | dict.fromkeys(labels, pa.dictionary(pa.int32(), pa.string()))
     convert = pa.csv.ConvertOptions(column_types=kinds, include_columns=list(kinds), strings_can_be_null=False)
@@ -226,7 +231,7 @@ def _refuse_large(size):
 
 # %% ../nbs/21_datasets.ipynb #4b02afc0
 def _below(folder):
-    "A function that reads a report by its path below a folder; refuses links out of it, what is no file, and large ones."
+    "A function that reads a report by its path below a folder; refuses links out of it, no files, and large ones."
     inside = Path(folder).resolve()
     def read(path):
         file = (inside / path).resolve()
@@ -629,7 +634,7 @@ def _visible(text):
 
 # %% ../nbs/21_datasets.ipynb #62c7d61c
 def _misspelt(word):
-    "A pattern of a word and what a slip makes of it: a letter missing, too many or wrong, two swapped; pairs may be single."
+    "A pattern of a word and its slips: a letter missing, too many or wrong, two swapped; pairs may be single."
     letters = [letter + "+" * (len([*same]) > 1) for letter, same in groupby(word)]
     cut = [("".join(letters[:i]), letters[i:]) for i in range(len(letters) + 1)]
     wrong = [before + "[A-Za-z]?" + "".join(rest[1:]) for before, rest in cut if rest]
@@ -681,10 +686,13 @@ _SIGN_OFF = re.compile(
         | (?i:(?:reviewed|read|dictated)\s+(?:and|&)\s+(?:electronically\s+)?signed\b)
         | (?i:(?:(?:attending|dictating|interpreting|reporting|signing|staff)\s+)?
             (?:radiologist|physician|resident|attending|transcriptionist|dictator)s?[ \t]*:)
-        | (?i:(?:dictation|transcription|signature)(?:\s+(?:date|time))?[ \t]*:|(?:date|time)\s+(?:of\s+)?(?:dicta|transcri)\w+)
-        | (?i:job\s*(?:number|id|\#)|accession\s+(?:number|no)|end\s+of\s+(?:impression|report)\b|summary[ \t]*:[ \t]*\d)
+        | (?i:(?:dictation|transcription|signature)(?:\s+(?:date|time))?[ \t]*:
+            |(?:date|time)\s+(?:of\s+)?(?:dicta|transcri)\w+)
+        | (?i:job\s*(?:number|id|\#)|accession\s+(?:number|no)|end\s+of\s+(?:impression|report)\b
+            |summary[ \t]*:[ \t]*\d)
         | (?i:(?:physician[ -]to[ -]physician\s+)?(?:radiology\s+)?consult(?:ation)?\s+line\b))
-    | (?<=\s)(?:(?:ELECTRONICALLY|Electronically)\s+(?:SIGNED|[Ss]igned)|(?:DICTATED|Dictated|TRANSCRIBED|Transcribed)\s+(?:BY|[Bb]y)\b
+    | (?<=\s)(?:(?:ELECTRONICALLY|Electronically)\s+(?:SIGNED|[Ss]igned)
+        |(?:DICTATED|Dictated|TRANSCRIBED|Transcribed)\s+(?:BY|[Bb]y)\b
         |["“']?Physician[ -]to[ -]Physician\b)
     | (?<!\S)[DT]{1,2}[ \t]*:[ \t]*(?:\d{1,4}[/.-]\d|_{2,}|X{3,})                     # D: 1/2/2003 T: 1/2/2003
     """,
@@ -722,7 +730,8 @@ _LISTED = _REACHING | _REACHED | _BESIDE
 # %% ../nbs/21_datasets.ipynb #e0bade1d
 _NAME = re.compile(
     rf"""(?:\b(?i:drs?|doctor|mr|mrs|ms)\b\.?\s+(?:[A-Z]\.\s*)*[A-Z][\w'’-]+(?:\ [A-Z][a-z'’-]+)?
-        |\b(?i:(?:{"|".join(sorted(_REACHING))})\s+(?:by|with|to)(?:\s+(?:the\s+)?(?:attending\s+)?(?:physician|radiologist|nurse|resident))?)
+        |\b(?i:(?:{"|".join(sorted(_REACHING))})\s+(?:by|with|to)
+            (?:\s+(?:the\s+)?(?:attending\s+)?(?:physician|radiologist|nurse|resident))?)
         \s+[A-Z][a-z'’-]+\ (?:[A-Z]\.\ )?[A-Z][a-z'’-]+)""",
     re.X,
 )
@@ -740,7 +749,8 @@ def _is_notification(sentence):
 _ITEM = r"(?:\(?\d{1,2}[.)]|[-*•])[ \t]+"  # what begins an item of a list
 _SENTENCE = re.compile(
     rf"""\s*(?:{_ITEM})?
-    (?:(?i:\b(?:drs?|mr|mrs|ms)\.)|(?i:\b[ap]\.m\.(?=\s+(?:[a-z_(]|\d+[^\d.)])))|\b[A-Z]\.(?=\s)|[^.!?\n]|[.!?](?=[^\s"')\]])
+    (?:(?i:\b(?:drs?|mr|mrs|ms)\.)|(?i:\b[ap]\.m\.(?=\s+(?:[a-z_(]|\d+[^\d.)])))|\b[A-Z]\.(?=\s)
+        |[^.!?\n]|[.!?](?=[^\s"')\]])
         |\n(?!\s*\n|[ \t]*{_ITEM}))*[.!?]*["')\]]*""",
     re.X,
 )
@@ -759,7 +769,7 @@ def _without_notifications(section):
 
 # %% ../nbs/21_datasets.ipynb #e558c981
 def _one_line(section):
-    "A section's text without notifications, de-identified spans, line breaks and leading marks; None where nothing is left."
+    "A section without notifications, de-identified spans, line breaks and leading marks; None where nothing is left."
     text = " ".join(_DEIDENTIFIED.sub(" ", _without_notifications(section)).split())
     text = re.sub(r"\s+([.,;:)])(?!\d)", r"\1", text).lstrip(" :.,;*-–—")
     return text if re.search(r"[^\W_]", text) else None
@@ -1225,7 +1235,8 @@ def _too_few(cohort, pool, rows, concept, n):
     frontal = _frontal(cohort)
     left = (
         f"of {len(cohort):,} images of {_sources(cohort)} {frontal.sum():,} are frontal, "
-        f"{(frontal & (cohort.split == 'train')).sum():,} of these in the training split, {len(pool):,} with one per patient, "
+        f"{(frontal & (cohort.split == 'train')).sum():,} of these in the training split, "
+        f"{len(pool):,} with one per patient, "
         f"{len(rows):,} of these have {CONCEPTS[concept]} as sole finding and {passed} are not cropped or colourised"
     )
     instead = "lower few_shot, take another few_shot_source, or choose by eye (few_shot_choice)"
@@ -1296,7 +1307,8 @@ def _sound_choice(rows, path, roots):
 def _text_column(path, schema):
     "The column of a parquet file that holds the captions."
     found = [name for wanted in ("text", "caption") for name in schema.names if name.lower() == wanted]
-    if not found: raise ValueError(f"{path}: no column TEXT or caption; it has {', '.join(schema.names) or 'no column'}")
+    there = ", ".join(schema.names) or "no column"
+    if not found: raise ValueError(f"{path}: no column TEXT or caption; it has {there}")
     name = found[0]
     if schema.names.count(name) > 1: raise ValueError(f"{path}: column '{name}' is there twice")
     kind = schema.field(name).type
@@ -1489,13 +1501,33 @@ def named_folders(
         found[name] = outputs / place if place.startswith("images/") else find_path(place)
     return found
 
+# %% ../nbs/21_datasets.ipynb #78e0a393
+MADE_HERE = ("images/phantoms", "images/phantom_reports")  # by 03_phantoms
+_PLACES = (
+    "chexpert", "chexpert_reports", "mimic_cxr", "mimic_cxr_reports", "openi_images", "nih", "laion_400m",
+    "few_shot_choice", "reference_labels",
+)
+
+def places_of_others(
+    parameters: dict,  # of 21_datasets
+) -> list[str]:  # names of parameters
+    "Parameters that name data, or a file outside the project, that are not the project's own."
+    lists = {n: [text.partition("=")[2].strip() for text in parameters[n]] for n in ("folders", "text_sources")}
+    named = {name: [parameters[name]] for name in _PLACES} | lists
+    def others(name, place):
+        if name in ("few_shot_choice", "reference_labels"):  # tables: what is shown of them is their path
+            return bool(place) and not find_path(place).resolve().is_relative_to(repo_root().resolve())
+        return bool(place) and posixpath.normpath(place) not in MADE_HERE
+    return [name for name, places in named.items() if any(others(name, place) for place in places)]
+
 # %% ../nbs/21_datasets.ipynb #41eeea33
 def text_sets(
     text_sources: list[str],  # each "Name" or "Name=folder"
 ) -> dict[str, str]:  # name -> what its file names end with: nothing for the first, its slug for a further one
     "Names and suffixes of the text sources; raises ValueError where there is none or two share a name."
     names = [text.partition("=")[0].strip() for text in text_sources]
-    if not all(names): raise ValueError(f"text_sources: {text_sources[names.index('')]!r} has no name; write Name or Name=folder")
+    if "" in names:
+        raise ValueError(f"text_sources: {text_sources[names.index('')]!r} has no name; write Name or Name=folder")
     if not names: raise ValueError("text_sources: empty; name a data set with reports")
     twice = [name for i, name in enumerate(names) if slug(name) in map(slug, names[:i])]
     if twice: raise ValueError(f"text_sources: the name {twice[0]!r} is there twice")
@@ -1517,7 +1549,7 @@ def portable_place(
 def read_sources(
     path: Path,  # cohorts/sources.json of a profile's results
 ) -> dict:  # "images" and "reports": source -> Path; "text_sets": source -> suffix of file names; "inverted"
-    "Where images and reports of the cohorts lie, seen from where the results lie now; raises ValueError for another file."
+    "Where images and reports of the cohorts lie, seen from the results; raises ValueError for another file."
     outputs = Path(path).absolute().parent.parent
     def place(text):
         if text.startswith("project:"): return repo_root() / text.removeprefix("project:")

@@ -232,7 +232,7 @@ def train_bpe(
     special = {"bos_token": start, "eos_token": end, "unk_token": end, "pad_token": end}
     settings = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, "do_lower_case": True, "errors": "replace"}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings | special, indent=1))
-    return CLIPTokenizer.from_pretrained(folder)
+    return CLIPTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 # %% ../nbs/C_miniature.ipynb #98323e4c
 WIDTH = 128  # of the text encoder's hidden states, and so of the U-Net's cross-attention
@@ -360,7 +360,7 @@ def train_wordpiece(
     (folder / "vocab.txt").write_text("\n".join(words) + "\n")
     settings = {"tokenizer_class": "BertTokenizer", "do_lower_case": True, "model_max_length": 512}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=1))
-    return BertTokenizer.from_pretrained(folder)
+    return BertTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 def new_bert(vocabulary):
     "An untrained BERT with the head that predicts masked words."
@@ -596,9 +596,9 @@ def _make_unet(folder, work, seed, scale, device):
     from transformers import CLIPTextModel, CLIPTokenizer
     place = folder / "stable_diffusion"
     pixels, captions = training_pictures(_scaled(DATA["pictures"], scale), work)
-    vae = AutoencoderKL.from_pretrained(place / "vae", torch_dtype=torch.float32).eval().to(device)
-    text = CLIPTextModel.from_pretrained(place / "text_encoder", dtype=torch.float32).eval().to(device)
-    tokenizer = CLIPTokenizer.from_pretrained(place / "tokenizer")
+    vae = AutoencoderKL.from_pretrained(place / "vae", torch_dtype=torch.float32, trust_remote_code=False).eval().to(device)
+    text = CLIPTextModel.from_pretrained(place / "text_encoder", dtype=torch.float32, trust_remote_code=False).eval().to(device)
+    tokenizer = CLIPTokenizer.from_pretrained(place / "tokenizer", trust_remote_code=False)
     n = _scaled(DATA["latents"], scale)
     moments, states = frozen_parts(vae, text, tokenizer, pixels[:n], captions[:n], device)
     tokens = tokenizer([""], padding="max_length", return_tensors="pt").to(device)

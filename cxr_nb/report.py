@@ -247,7 +247,7 @@ def _said(message):
 
 # %% ../nbs/07_report.ipynb #5e1a07f6
 def _for_argparse(words):
-    "Arguments with a blank before negative numbers, for argparse takes -1e-4 for an option; raises ValueError for name=value."
+    "Arguments with a blank before negative numbers: argparse takes -1e-4 for an option. Raises ValueError for name=value."
     words = list(words)
     for i, word in enumerate(words[:-1]):
         if word not in ("-p", "--parameter"): continue

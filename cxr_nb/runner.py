@@ -38,11 +38,15 @@ def _lighter(data, widest=500):
     return others | {kind: base64.b64encode(kept).decode()}
 
 def _make_light(path):
-    "Make an executed notebook light: no progress bars, which need a live kernel, no times of cells, small pictures."
+    """Make an executed notebook light: no progress bars, which need a live kernel, and small pictures.
+
+    What is another at every run goes too: times, the cell id that papermill draws, the place of the results.
+    """
     notebook = json.loads(path.read_text(encoding="utf-8"))
     widget = "application/vnd.jupyter.widget-view+json"
     for cell in notebook["cells"]:
         for noted in ("papermill", "execution"): cell["metadata"].pop(noted, None)
+        if "injected-parameters" in cell["metadata"].get("tags", []): cell["id"] = "injected-parameters"
         if "outputs" not in cell: continue
         cell["outputs"] = [o for o in cell["outputs"] if widget not in o.get("data", {})]
         for output in cell["outputs"]:

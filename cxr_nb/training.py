@@ -38,7 +38,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.data import Dataset, default_collate
 from tqdm.auto import tqdm
 
-from .core import sha256, written_whole
+from .core import json_text, sha256, written_whole
 
 # %% ../nbs/02_training.ipynb #b90361f2
 SCHEDULES = {  # name -> share of the peak, by the part of the steps after warm-up that is done
@@ -783,10 +783,10 @@ def write_record(
     files = sorted(path.relative_to(folder).as_posix() for path in Path(folder).rglob("*") if path.is_file())
     others = {file: sha256(folder / file) for file in files if file not in about["sha256"]}
     # as JSON has it, so that it is equal to one that was read from a file
-    about = json.loads(json.dumps(about | {"files": others}))
+    about = json.loads(json_text(about | {"files": others}))
     about |= {"record_sha256": _record_hash(about)}
     with written_whole(Path(folder) / name) as partial:
-        partial.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+        partial.write_text(json_text(about), encoding="utf-8")
     return about
 
 def check_record(

@@ -17,12 +17,13 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from .core import device_name, json_text, peak_memory_mb, sha256, slug
+from .core import device_name, peak_memory_mb, sha256, slug
 from .datasets import CONCEPTS, image_paths
-from .images import load_radiograph, open_radiograph
 from .stable_diffusion import encode, encoder_hidden_states, load_pipeline, write_images
+from .textual_inversion import training_images
 from .training import TrainingSettings, WithPrior, checkpoints, diffusion_loss, made_key, noise_record
-from .training import run_frozen, settings_record, tensors_hash, train, training_noise_scheduler
+from .training import read_record, run_frozen, settings_record, tensors_hash, train, training_noise_scheduler
+from .training import write_record, written_folder
 
 # %% ../nbs/27_unet_finetuning.ipynb #ddec8357
 @dataclass(frozen=True)
@@ -60,20 +61,15 @@ def few_shot_images(
 ) -> dict[str, torch.Tensor]:  # concept -> (n, 3, size, size) uint8, the three channels alike
     """Read the few-shot images (§2.1).
 
-    Raises ValueError for a concept that is unknown or has no image, and for an
-    image that is smaller than `size`; and what `load_radiograph` raises.
+    Raises ValueError for a concept that is unknown or has no image, and what `training_images` raises.
     """
     if unknown := set(rows.concept) - set(CONCEPTS):
         raise ValueError(f"few-shot images: concept '{min(unknown)}' is none of {', '.join(CONCEPTS)}")
     for concept in CONCEPTS:
         if concept not in set(rows.concept):
             raise ValueError(f"few-shot images: none shows '{concept}'; choose some of each of {', '.join(CONCEPTS)}")
-    def read(path):
-        side = min(open_radiograph(path).size)
-        if side < size: raise ValueError(f"{path}: has {side} pixels on a side, training takes {size}; lower size")
-        return torch.from_numpy(load_radiograph(path, size).copy()).expand(3, -1, -1)
-    paths = pd.Series(image_paths(rows, roots), index=rows.index)
-    return {concept: torch.stack([read(path) for path in paths[rows.concept == concept]]) for concept in CONCEPTS}
+    images = torch.from_numpy(training_images(image_paths(rows, roots), size))[:, None].repeat(1, 3, 1, 1)
+    return {concept: images[(rows.concept == concept).to_numpy()] for concept in CONCEPTS}
 
 # %% ../nbs/27_unet_finetuning.ipynb #0d1f70ff
 def training_samples(
@@ -171,7 +167,9 @@ def finetune(
     weight = variant.prior_weight if variant.prior else 0.0
     def loss(batch): return diffusion_loss(pipeline.unet, noise_scheduler, batch, weight)
     path = Path(folder) / "frozen.safetensors" if cache else None
-    data, loss = run_frozen(samples, loss, frozen_parts(pipeline, prompts), path, record["frozen"])
+    concepts = [list(prompts)[int(samples[i]["prompt"])] for i in range(len(samples))]
+    names = [f"image {concepts[:i].count(concept)} of '{concept}'" for i, concept in enumerate(concepts)]
+    data, loss = run_frozen(samples, loss, frozen_parts(pipeline, prompts), path, record["frozen"], names=names)
     trained = thaw(pipeline.unet, variant.lora_rank, settings.seed)
     log = train(pipeline.unet, loss, data, settings, folder, record, look)
     pipeline.unet.requires_grad_(False)
@@ -193,36 +191,23 @@ def save_finetuned(
     about: dict,  # JSON values for training.json
     log: pd.DataFrame,  # of `train`
     samples: Path | None = None,  # a folder with images drawn along training
-) -> dict:  # what training.json holds: about, and the weights' sha256 by file
+) -> dict:  # what training.json holds: about, and the sha256 of weights and of other files
     "Save a fine-tuned pipeline, or its adapter alone, whole."
-    folder = Path(folder)
-    partial = folder.with_name(f".partial-{folder.name}")
-    shutil.rmtree(partial, ignore_errors=True)
-    _save_weights(pipeline, partial)
-    if samples and samples.is_dir(): shutil.copytree(samples, partial / "samples")
-    log.to_csv(partial / "log.csv", index=False, lineterminator="\n")
-    weights = sorted(path.relative_to(partial).as_posix() for path in partial.rglob("*.safetensors"))
-    about = about | {"sha256": {name: sha256(partial / name) for name in weights}}
-    (partial / "training.json").write_text(json_text(about), encoding="utf-8")
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
-    return about
+    with written_folder(folder) as partial:
+        _save_weights(pipeline, partial)
+        if samples and samples.is_dir(): shutil.copytree(samples, partial / "samples")
+        log.to_csv(partial / "log.csv", index=False, lineterminator="\n")
+        weights = sorted(path.relative_to(partial).as_posix() for path in partial.rglob("*.safetensors"))
+        digests = {name: sha256(partial / name) for name in weights}
+        return write_record(partial, "training.json", about | {"sha256": digests})
 
 # %% ../nbs/27_unet_finetuning.ipynb #4621cd96
 def read_finetuned(
     folder: Path,  # of a saved variant, there or not
     made_of: dict,  # as in its training.json
-) -> dict | None:  # what training.json holds; None where there is none of that configuration
-    "Look whether a variant was trained; raises ValueError where its weights are not those that were saved."
-    path = Path(folder) / "training.json"
-    if not path.exists(): return None
-    about = json.loads(path.read_text(encoding="utf-8"))
-    if about["made_of"] != made_of: return None
-    for name, digest in about["sha256"].items():
-        file = Path(folder) / name
-        if not file.exists() or sha256(file) != digest:
-            raise ValueError(f"{file}: is missing or not what was trained; delete {folder}, and it is trained again")
-    return about
+) -> dict | None:  # what training.json holds; None where the variant is to be trained
+    "Look whether a variant was trained; warns of one that is not what was saved."
+    return read_record(folder, "training.json", made_of)
 
 def open_finetuned(
     folder: Path,  # of a saved variant
@@ -258,11 +243,10 @@ def finetuned(
     work: Path,  # checkpoints lie in a folder below it until the variant is saved
     look: Callable | None = None,  # pipeline -> {name: (3, h, w) uint8}, images to keep along training
 ) -> dict:  # what training.json holds; results: steps, seconds, device, peak_memory_mb, trained_parameters
-    """Train a variant unless it is there, and save it.
+    """Train a variant unless it is there, and save it; one that is damaged is trained again, which is said.
 
     Seconds are those of the training's steps alone; memory is the high-water
-    mark of the process. Raises what `finetune`, `training_samples` and
-    `read_finetuned` raise.
+    mark of the process. Raises what `finetune` and `training_samples` raise.
     """
     samples = training_samples(variant, images, prompts)
     device = "cpu" if settings.device == "cpu" else "auto"
@@ -277,5 +261,5 @@ def finetuned(
         "peak_memory_mb": peak_memory_mb(), "trained_parameters": n, "samples": len(samples),
     }
     about = save_finetuned(pipeline, folder, {"made_of": made_of, "results": results}, log, place / "samples")
-    shutil.rmtree(place)
+    shutil.rmtree(place, ignore_errors=True)  # another run of the same may have ended first
     return about

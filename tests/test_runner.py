@@ -171,6 +171,10 @@ def test_run_leaves_output_record_and_executed_notebook(project, run_in):
     assert record["results"] == {"k": 3} and record["versions"]["torch"]
     took = json.loads((project / "outputs/tiny/times/99_small.json").read_text())
     assert took["seconds"] >= 0 and took["peak_memory_mb"]["cpu"] > 10 and took["device"] and not took.keys() & record.keys()
+    kept = [project / "outputs/tiny" / name for name in ("records/99_small.json", "notebooks/99_small.ipynb", "measures/k.txt")]
+    before = [path.read_bytes() for path in kept]
+    assert run_in(project, "cxr_nb", "run", "99_small", "--profile", "tiny").returncode == 0
+    assert [path.read_bytes() for path in kept] == before, "the same code leaves the same bytes"
     assert str(project) not in (project / "outputs/tiny/notebooks/99_small.ipynb").read_text()
     assert not (project / "outputs/tiny/failed").exists()
 
