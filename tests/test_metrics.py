@@ -15,7 +15,7 @@ from sklearn import metrics as sk
 from torchmetrics.image.fid import FrechetInceptionDistance, NoTrainInceptionV3
 from torchmetrics.image.kid import KernelInceptionDistance, poly_mmd
 
-from cxr_nb import judges
+from cxr_nb import judges, metrics
 from cxr_nb.judges import features, layer_features, load_classifier, load_extractor, probabilities
 from cxr_nb.metrics import (
     SCORES, FeatureStatistics, alike_interval, classification_scores, disjoint_halves, frechet_by_batches, frechet_distance,
@@ -148,6 +148,22 @@ def test_kernel_distance_against_torchmetrics(rng):
     mean, deviation = kernel_distance(Tiny()(first).numpy(), Tiny()(second).numpy(), 40, 60)
     assert abs(mean - their_mean) < 4 * (deviation + their_deviation) / 60**0.5
     assert deviation == pytest.approx(their_deviation, rel=0.5)
+
+
+def test_one_kernel_for_all_subsets_is_the_kernel_of_each(rng, monkeypatch):
+    "With sets of several blocks of rows; and sets so large that all pairs are too many are taken subset by subset."
+    a, b = rng.normal(size=(700, 20)), rng.normal(0.2, 1, size=(600, 20))
+    draws = np.random.default_rng(3)
+    def draw(x): return x[draws.choice(len(x), 300, replace=False)]
+    each = [squared_mmd(draw(a), draw(b)) for _ in range(30)]
+    assert kernel_distance(a, b, 300, 30, seed=3) == pytest.approx((np.mean(each), np.std(each, ddof=1)), rel=1e-11)
+    seen = []
+    monkeypatch.setattr(metrics, "_cubic_kernel", lambda p, q, kernel=metrics._cubic_kernel: seen.append((len(p), len(q))) or kernel(p, q))
+    kernel_distance(a, b, 300, 30)
+    assert max(rows for rows, _ in seen) <= 512 and len(seen) == 6
+    seen.clear()
+    kernel_distance(a, b, 20, 5)
+    assert set(seen) == {(20, 20)}
 
 
 def test_kernel_distance_has_no_bias(rng):
