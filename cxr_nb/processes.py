@@ -11,8 +11,6 @@ import json
 import os
 import platform
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterable
 from contextlib import contextmanager

@@ -18,7 +18,6 @@ import sys
 import time
 from argparse import ArgumentParser
 from importlib import metadata
-from pathlib import Path
 
 from .core import load_profile, outputs_dir, plain_value, repo_root, resolve_parameters, sha256
 from .processes import end_children, end_with, one_writer, process_id

@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from numbers import Integral
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image
 from tqdm.auto import tqdm
