@@ -27,7 +27,7 @@ import yaml
 from jinja2 import Environment, StrictUndefined
 from PIL import Image
 
-from .core import TABLE_COLUMNS, Run, load_profile, paper_view, published, sha256, slug
+from .core import TABLE_COLUMNS, Run, load_profile, paper_view, published, slug
 
 # %% ../nbs/F_page.ipynb #ca40b3ad
 TEMPLATES = resources.files("cxr_nb") / "templates"
