@@ -140,11 +140,12 @@ def shown_lines(
 
 # %% ../nbs/07_report.ipynb #07c0de37
 _SNAKEMAKE = """
-import json, os, sys
-from cxr_nb.processes import end_with
+import json, os
+from cxr_nb.processes import end_with, process_id
 from snakemake.cli import main
 end_with(json.loads(os.environ["CXR_NB_REPORT"]))
-sys.exit(main())
+os.environ["CXR_NB_REPORT"] = json.dumps(process_id())  # its jobs end with it
+main()
 """
 
 def _snakemake(profile, *arguments):
@@ -209,9 +210,11 @@ def run_report(
         forced = ["--forcerun", *again] * bool(again)
         running = _snakemake(profile, target, "--cores", str(cores), *forced)
         try:
-            for line in shown_lines(_logged(running.stdout, log)): shown.append(line); print(line, flush=True)
+            for line in shown_lines(_logged(running.stdout, log)):
+                shown.append(line)
+                print(line, flush=True)
+            code = running.wait()
         finally: end_children()
-        code = running.wait()
     for line in _last_lines(code, shown, log, target): print(line, file=sys.stderr if code else sys.stdout, flush=True)
     if not code and target == "report": print(f"the page: {os.path.relpath(folder / 'report.html')}")
     return code
