@@ -4,23 +4,25 @@
 
 # %% auto #0
 __all__ = ['REFERENCE', 'QUANTIFIER', 'PROMPTS', 'EXTENDED', 'RESTS_ON', 'PAPER_DATA', 'MINIATURE', 'PHANTOMS', 'VERDICTS',
-           'UNTESTABLE', 'Estimate', 'exact', 'references', 'expand', 'compare', 'outcome', 'decide', 'strategy',
-           'frame_cells', 'best_cells', 'peak_ratio', 'printed_cells', 'stand_in_names', 'by_own_name',
+           'UNTESTABLE', 'JUDGED', 'Estimate', 'exact', 'references', 'expand', 'compare', 'outcome', 'decide',
+           'strategy', 'frame_cells', 'best_cells', 'peak_ratio', 'printed_cells', 'stand_in_names', 'by_own_name',
            'generation_cells', 'text_cells', 'method_cells', 'quality_cells', 'world_of', 'printed_figures',
-           'printed_check', 'verdict']
+           'printed_check', 'blind_tables', 'verdict']
 
 # %% ../nbs/40_discussion.ipynb #7ab9dbef
 import ast
 import json
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import product
+from types import MappingProxyType
 
 import numpy as np
 import pandas as pd
 
+from .classification import blind_judge
 from .core import published, slug
 
 # %% ../nbs/40_discussion.ipynb #dc8ff40d
@@ -364,6 +366,10 @@ VERDICTS = {
     False: {"miniature": "not seen in the miniature", "public": "not reproduced", "paper": "not reproduced"},
 }
 UNTESTABLE = "not testable here"
+JUDGED = {  # table that holds what a judge says -> the cell that says whether it tells real effusions
+    **dict.fromkeys(["table_5", "domain_gap"], ("table_5", "Real images", "auc")),
+    **{name: (name, "Pleural Effusion", "auc_original") for name in ("table_1", "table_6")},
+}
 
 # as the paper has them
 _DECIMALS = {f"table_{i}": ".1f" if i in (2, 3) else ".3f" for i in range(1, 7)}
@@ -393,6 +399,20 @@ def printed_check(
     if state == "missing": return ""
     return "holds" if state == "holds" else f"contradicted: {'; '.join(why)}"
 
+# %% ../nbs/40_discussion.ipynb #e7652f59
+def blind_tables(
+    judge: str,  # its name
+    cells: dict,  # (table, row, column) -> Estimate
+) -> dict[str, str]:  # table -> why the judge cannot tell, of those it says nothing by
+    "Tables of a judge that cannot tell real effusions from real normals."
+    found = {}
+    for table in dict.fromkeys(name for name, _, _ in cells if name in JUDGED):
+        at, row, column = JUDGED[table]
+        auc = next((one for key, one in cells.items() if key[0] == at and key[1].startswith(row) and key[2] == column), None)
+        why = blind_judge(judge, None if auc is None else (auc.value, auc.low, auc.high))
+        if why: found[table] = why
+    return found
+
 # %% ../nbs/40_discussion.ipynb #37a3210e
 def verdict(
     claim: dict,  # a row of claims.csv
@@ -400,6 +420,7 @@ def verdict(
     worlds: dict[str, str],  # table -> world, of the tables that this run has
     others: dict[str, dict],  # name of another judge, extractor or set of reports -> its cells in the place of these
     absent: dict[str, str],  # table -> why this run has not the one that is meant, where that is known
+    blind: Mapping[str, str] = MappingProxyType({}),  # table -> why its judge cannot tell
 ) -> dict:  # measured, world, verdict, outcome, reason, elsewhere
     "What was measured of a claim, and what follows; raises ValueError for a rule that is not understood."
     rule, not_here = claim["rule"], claim["not_here"]
@@ -411,6 +432,7 @@ def verdict(
     if lost := sorted(tables - worlds.keys()):
         why = absent.get(lost[0], f"{RESTS_ON[lost[0]][0]} did not make it")
         return blank | {"reason": f"this run has no {', '.join(lost)}: {why}"}
+    if unseen := sorted(tables & blind.keys()): return blank | {"reason": blind[unseen[0]]}
     state, why, named = decide(rule, cells)
     if state == "missing":
         return blank | {"reason": "this run has no " + ", ".join(named[:2]) + " …" * (len(named) > 2)}

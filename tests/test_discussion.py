@@ -10,7 +10,7 @@ import pytest
 from conftest import ROOT
 
 from cxr_nb import core, discussion
-from cxr_nb.discussion import REFERENCE, RESTS_ON, UNTESTABLE, VERDICTS, Estimate, decide, exact, expand, printed_cells
+from cxr_nb.discussion import REFERENCE, RESTS_ON, UNTESTABLE, VERDICTS, Estimate, blind_tables, decide, exact, expand, printed_cells
 from cxr_nb.discussion import printed_check, printed_figures, references, strategy, verdict, world_of
 
 FOLDER = ROOT / "cxr_nb/published"
@@ -292,3 +292,27 @@ def test_the_demo_says_what_its_tables_say():
         assert f"U-Net, with prior, auc: {auc:.3g}" in table.set_index("id").measured[name]
     record = json.loads((ROOT / "outputs/demo/records/40_discussion.json").read_text())["results"]
     assert record["verdicts"] == table.verdict.value_counts().to_dict()
+
+
+@pytest.mark.parametrize(("low", "high", "can_tell"), [(0.78, 0.90, True), (0.39, 0.65, False), (0.5, 0.8, False), (0.1, 0.3, False), (math.nan, math.nan, False)])
+def test_no_claim_is_decided_by_a_judge_that_cannot_tell(low, high, can_tell):
+    "Every cell is on the claim's side by far; what is asked first is the judge, on real images."
+    judged = {"table_5", "domain_gap", "table_1", "table_6"}
+    on_real = Estimate(0.52, low, high, 100)
+    cells = MADE_UP | {("table_5", "Real images: Open-i", "auc"): on_real} | {(name, "Pleural Effusion", "auc_original"): on_real for name in ("table_1", "table_6")}
+    blind = blind_tables("judge_a", cells)
+    assert set(blind) == (set() if can_tell else judged)
+    rested = set()
+    for name, claim in RULED.items():
+        found = verdict(claim | {"not_here": ""}, cells, EVERYWHERE, {}, {}, blind)
+        if {table for table, _, _ in references(claim["rule"])} & judged and not can_tell:
+            rested.add(name)
+            assert (found["verdict"], found["outcome"]) == (UNTESTABLE, ""), name
+            assert found["reason"].startswith("the judge cannot tell: judge_a tells real effusions from real normals with AUC 0.52")
+        else: assert found["outcome"] in ("holds", "fails", "undecided"), name
+    assert can_tell or rested >= {"1b", "1d", "1f", "1h", "3.4p", "3.4r", "3.5a", "3.5h", "3.5k", "4a", "4e", "4j", "5a", "5f", "5g"}
+
+
+def test_without_real_images_no_judge_is_known_to_tell():
+    assert set(blind_tables("judge_a", {("table_5", "U-Net, with prior", "auc"): Estimate(0.97, 0.94, 0.99, 100)})) == {"table_5"}
+    assert blind_tables("judge_a", {("table_2", "CLIP", "best"): exact(3.0)}) == {}
