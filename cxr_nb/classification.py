@@ -57,10 +57,12 @@ def generated_images(
     "The images of sets; raises ValueError for a folder that does not hold what its record says."
     parts = []
     for one in sets.itertuples():
-        names, there = [f"{i:04}.png" for i in range(one.n)], {p.name for p in (Path(folder) / one.folder).glob("[0-9]*.png")}
+        names = [f"{i:04}.png" for i in range(one.n)]
+        there = {path.name for path in (Path(folder) / one.folder).glob("[0-9]*.png")}
         if there != set(names):
             other = ", ".join(sorted(there ^ set(names))[:3])
-            raise ValueError(f"{one.folder}: holds {len(there)} images, its record says {one.n}; draw them again ({other})")
+            holds = f"holds {len(there)} images, its record says {one.n}"
+            raise ValueError(f"{one.folder}: {holds}; draw them again ({other})")
         keys = {"method": one.method, "variant": one.variant, "prompt": one.prompt, "image": range(one.n)}
         parts.append(pd.DataFrame(keys).assign(patient_id="", path=[f"{one.folder}/{name}" for name in names]))
     return pd.concat(parts, ignore_index=True)
@@ -220,20 +222,21 @@ def _aucs(compared, score, draws, seed):
     return pd.DataFrame(found, columns=["column", "measured", "ci_low", "ci_high", "n", "note"])
 
 def gap_scores(
-    generated: tuple[pd.DataFrame, pd.DataFrame],  # one judge's rows of a variant: negatives, positives
-    real: tuple[pd.DataFrame, pd.DataFrame],  # and of real images: without a finding, with an effusion
+    *,
+    real: tuple[pd.DataFrame, pd.DataFrame],  # one judge's rows of real images: without a finding, with an effusion
+    fake: tuple[pd.DataFrame, pd.DataFrame],  # and of a variant: negatives, positives
     draws: int = 2000,  # bootstrap samples
     seed: int = 0,  # of the resampling
 ) -> pd.DataFrame:  # a row per name of COMPARISONS: column, measured (AUC), ci_low, ci_high, n, note
     "AUC of the effusion's probability between generated and real images, within and across."
-    sides = {"generated": generated, "real": real}
+    sides = {"generated": fake, "real": real}
     pairs = {name: [sides[kind][i] for kind, i in pair] for name, pair in COMPARISONS.items()}
     return _aucs(pairs, "Effusion", draws, seed)
 
 def gap_verdict(
     scores: pd.DataFrame,  # as `gap_scores` gives them
 ) -> str:  # "the judge cannot tell", "not told apart", "reversed", "the finding", "may be the domain gap"
-    "What an AUC between generated images measures, by a rule over intervals; `real`, where it was measured, comes first."
+    "What an AUC between generated images measures, by a rule over intervals; `real` comes first, where it was measured."
     at = scores.set_index("column")
     if "real" in at.index and not at.ci_low["real"] > 0.5: return "the judge cannot tell"
     if at.ci_high["generated"] < 0.5: return "reversed"

@@ -408,7 +408,8 @@ def blind_tables(
     found = {}
     for table in dict.fromkeys(name for name, _, _ in cells if name in JUDGED):
         at, row, column = JUDGED[table]
-        auc = next((one for key, one in cells.items() if key[0] == at and key[1].startswith(row) and key[2] == column), None)
+        on_real = [one for (t, r, c), one in cells.items() if t == at and r.startswith(row) and c == column]
+        auc = on_real[0] if on_real else None
         why = blind_judge(judge, None if auc is None else (auc.value, auc.low, auc.high))
         if why: found[table] = why
     return found

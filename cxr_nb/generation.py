@@ -233,16 +233,17 @@ def split_floor(
 MEASURES = ["frechet", "kid", "precision", "recall", "density", "coverage"]
 
 def distribution_measures(
-    fake: np.ndarray,  # (n, d) features
-    real: np.ndarray,  # (m, d) features of the same extractor
+    *,
+    real: np.ndarray,  # (n, d) features
+    fake: np.ndarray,  # (m, d) features of the same extractor
     k: int = 5,  # neighbours
 ) -> list[float]:  # MEASURES; NaN where a set is too small for one
     "How far two sets of images differ (Table 4), and how: in what is drawn, or in what is left out."
-    fake, real = np.asarray(fake, np.float64), np.asarray(real, np.float64)
+    real, fake = np.asarray(real, np.float64), np.asarray(fake, np.float64)
     found = dict.fromkeys(MEASURES, np.nan)
     fewest = min(len(fake), len(real))
     if fewest > 1: found |= {"frechet": frechet_distance(real, fake), "kid": squared_mmd(real, fake)}
-    if fewest > k: found |= precision_recall_density_coverage(real, fake, k)
+    if fewest > k: found |= precision_recall_density_coverage(real=real, fake=fake, k=k)
     return [found[name] for name in MEASURES]
 
 # %% ../nbs/34_generation_results.ipynb #c01d0eb1
@@ -322,12 +323,13 @@ def nearest_training(
     return apart.min(1), apart.argmin(1)
 
 def copying_measures(
-    fake: np.ndarray,  # (n,) distances of generated images from their nearest training image
-    held_out: np.ndarray,  # (m,) distances of real images of other patients
+    *,
+    real: np.ndarray,  # (n,) distances of real images of other patients from their nearest training image
+    fake: np.ndarray,  # (m,) distances of generated images
 ) -> list[float]:  # COPYING
     "How much nearer to the training images generated images are than real ones."
-    nearer = (fake[:, None] < held_out).mean() + (fake[:, None] == held_out).mean() / 2
-    return [float(nearer), float((fake < np.quantile(held_out, NEAREST_SHARE)).mean())]
+    nearer = (fake[:, None] < real).mean() + (fake[:, None] == real).mean() / 2
+    return [float(nearer), float((fake < np.quantile(real, NEAREST_SHARE)).mean())]
 
 # %% ../nbs/34_generation_results.ipynb #44736b7f
 def rank_agreement(

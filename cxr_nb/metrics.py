@@ -345,6 +345,7 @@ def _radii(x, k):
     return np.concatenate([np.partition(block, k, axis=1)[:, k] for _, block in _distance_blocks(x, x)])
 
 def precision_recall_density_coverage(
+    *,
     real: np.ndarray,  # (n, d) features
     fake: np.ndarray,  # (m, d) features of the same extractor
     k: int = 5,  # neighbours

@@ -99,7 +99,7 @@ def test_comparisons_across_are_the_aucs_of_their_sets():
     sides = {"generated": [rows_of(rng.random(20)), rows_of(rng.random(20), "yes")],
              "real": [rows_of(rng.random(15), "no finding", "real", patients=[f"p{i}" for i in range(15)]),
                       rows_of(rng.random(12), "pleural effusion", "real", patients=[f"q{i}" for i in range(12)])]}
-    found = gap_scores(sides["generated"], sides["real"], draws=20).set_index("column")
+    found = gap_scores(real=sides["real"], fake=sides["generated"], draws=20).set_index("column")
     for name, ((kind, i), (other, j)) in COMPARISONS.items():
         low, high = sides[kind][i].Effusion, sides[other][j].Effusion
         assert found.measured[name] == pytest.approx(roc_auc_score(np.repeat([0, 1], [len(low), len(high)]), np.r_[low, high]))
@@ -110,9 +110,10 @@ def test_comparisons_across_are_the_aucs_of_their_sets():
     ((0.6, 0.6, 0.6, 0.4), (0.9, 0.9, 0.9, 0.6), "the finding"), ((0.6, 0.5, 0.6, 0.4), (0.9, 0.9, 0.9, 0.6), "may be the domain gap"),
     ((0.6, 0.6, 0.2, 0.4), (0.9, 0.9, 0.9, 0.6), "may be the domain gap"), ((0.5, 0.6, 0.6, 0.4), (0.9, 0.9, 0.9, 0.6), "not told apart"),
     ((0.6, 0.6, 0.6, 0.6), (0.9, 0.9, 0.9, 0.9), "may be the domain gap"), ((0.6, 0.6, 0.6, 0.1), (0.9, 0.9, 0.9, 0.4), "the finding"),
+    ((0.6, 0.6, 0.6, 0.4, 0.39), (0.9, 0.9, 0.9, 0.6, 0.65), "the judge cannot tell"), ((0.6, 0.6, 0.6, 0.4, 0.7), (0.9, 0.9, 0.9, 0.6, 0.9), "the finding"),
     ((0.1, 0.6, 0.6, 0.4), (0.49, 0.9, 0.9, 0.6), "reversed"), ((np.nan, 0.6, 0.6, 0.4), (np.nan, 0.9, 0.9, 0.6), "not told apart")])
 def test_the_rule(lows, highs, verdict):
-    names = ["generated", "positives against real", "negatives against real", "normals"]
+    names = ["generated", "positives against real", "negatives against real", "normals", "real"][: len(lows)]
     assert gap_verdict(pd.DataFrame({"column": names, "ci_low": lows, "ci_high": highs})) == verdict
 
 
@@ -259,8 +260,8 @@ def test_a_judge_finds_effusions_in_phantoms_and_tells_when_they_are_swapped(tmp
     low, high = (rows[rows.prompt == prompt] for prompt in PAIRS["real"])
     assert effusion_scores(low, high, draws=20).set_index("column").measured["auc"] > 0.8
     def as_generated(part): return part.assign(method="unet", patient_id="", image=range(len(part)))
-    assert gap_verdict(gap_scores((as_generated(low), as_generated(high)), (low, high), draws=300)) == "the finding"
-    assert gap_verdict(gap_scores((as_generated(high), as_generated(low)), (low, high), draws=300)) == "reversed"
+    assert gap_verdict(gap_scores(real=(low, high), fake=(as_generated(low), as_generated(high)), draws=300)) == "the finding"
+    assert gap_verdict(gap_scores(real=(low, high), fake=(as_generated(high), as_generated(low)), draws=300)) == "reversed"
 
 
 def test_a_set_of_more_images_than_four_digits_count(tmp_path):

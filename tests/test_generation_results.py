@@ -1,12 +1,15 @@
 """Intervals and floors of §3.4: they must cover what they promise."""
+import inspect
+
 import numpy as np
 import pytest
 import torch
 
 from cxr_nb import generation
+from cxr_nb.classification import gap_scores
 from cxr_nb.generation import MEASURES, copying_measures, distribution_measures, jackknife, mean_likeness, ms_ssim
 from cxr_nb.generation import nearest_training, reference_sizes, split_floor
-from cxr_nb.metrics import disjoint_halves
+from cxr_nb.metrics import disjoint_halves, precision_recall_density_coverage
 
 REPEATS = 60
 
@@ -17,7 +20,7 @@ def repeated():
     def one(i):
         rng = np.random.default_rng(i)
         fake, real = rng.normal(0.7, 1.2, (40, 4)), rng.normal(size=(60, 4))
-        return jackknife(lambda a, b: distribution_measures(fake[a], real[b]), [np.arange(40), np.arange(60)], 10)
+        return jackknife(lambda a, b: distribution_measures(real=real[b], fake=fake[a]), [np.arange(40), np.arange(60)], 10)
     return np.stack([one(i) for i in range(REPEATS)])
 
 
@@ -62,13 +65,13 @@ def test_more_of_the_same_population_is_at_the_floor():
     rng = np.random.default_rng(1)
     real, fake, units = rng.normal(size=(300, 5)), rng.normal(size=(50, 5)), np.arange(300)
     sizes = reference_sizes(units, 50)
-    statistic = lambda x: lambda i, j: distribution_measures(x[i], real[j])
+    statistic = lambda x: lambda i, j: distribution_measures(real=real[j], fake=x[i])
     floor = split_floor(statistic(real), units, sizes, splits=40)
     _, reference = disjoint_halves(units, sizes, rng)
-    found = np.array(distribution_measures(fake, real[reference]))
+    found = np.array(distribution_measures(real=real[reference], fake=fake))
     apart = np.abs(found - floor.mean(0)) / floor.std(0)
     assert (apart < 4).all()
-    moved = np.array(distribution_measures(fake + 1, real[reference]))
+    moved = np.array(distribution_measures(real=real[reference], fake=fake + 1))
     assert moved[0] > floor[:, 0].max() and moved[1] > floor[:, 1].max()
 
 
@@ -78,9 +81,9 @@ def test_copies_show_and_do_not_depend_on_the_unit():
     mixed = rng.normal(size=(50, 8))
     mixed[:20] = training[rng.integers(10, size=20)] + rng.normal(scale=1e-3, size=(20, 8))
     near, far = nearest_training(mixed, training)[0], nearest_training(held, training)[0]
-    nearer, copies = copying_measures(near, far)
+    nearer, copies = copying_measures(real=far, fake=near)
     assert copies >= 0.4 and 0.55 < nearer < 0.85
-    assert copying_measures(7 * near, 7 * far) == [nearer, copies]
+    assert copying_measures(real=7 * far, fake=7 * near) == [nearer, copies]
 
 
 def test_ms_ssim_is_the_same_in_blocks(monkeypatch):
@@ -97,3 +100,18 @@ def test_ms_ssim_of_opposites_and_of_tiny_images():
     assert ms_ssim(torch.stack([ramp, 255 - ramp]))[0, 1] == 0
     with pytest.raises(ValueError, match="images of 10 pixels"): ms_ssim(torch.zeros(2, 10, 10, dtype=torch.uint8))
     with pytest.raises(ValueError, match="all of one size"): ms_ssim(torch.zeros(2, 32, 32))
+
+
+@pytest.mark.parametrize("function", [precision_recall_density_coverage, distribution_measures, copying_measures, gap_scores])
+def test_a_real_and_a_generated_set_are_told_apart_by_name(function):
+    "Exchanged by place they would give a number as well."
+    sets = [p for p in inspect.signature(function).parameters.values() if p.name in ("real", "fake")]
+    assert [p.name for p in sets] == ["real", "fake"] and all(p.kind is p.KEYWORD_ONLY for p in sets)
+    with pytest.raises(TypeError): function(np.zeros((9, 2)), np.zeros((9, 2)))
+
+
+def test_exchanged_sets_are_another_answer():
+    rng = np.random.default_rng(0)
+    dull, real = rng.normal(0, 0.1, (60, 3)), rng.normal(size=(60, 3))
+    one, other = (dict(zip(MEASURES, distribution_measures(real=a, fake=b))) for a, b in ((real, dull), (dull, real)))
+    assert one["precision"] == pytest.approx(other["recall"]) and one["precision"] > 0.9 > 0.3 > one["recall"]

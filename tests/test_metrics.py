@@ -184,7 +184,7 @@ def test_precision_recall_density_coverage_by_brute_force(rng, n, m, k):
         "precision": (apart <= reach).any(1).mean(), "recall": (apart <= own[:, None]).any(0).mean(),
         "density": (apart <= reach).sum() / (k * m), "coverage": (apart.min(0) <= reach).mean(),
     }
-    assert precision_recall_density_coverage(real, fake, k) == pytest.approx(expected, abs=1e-12)
+    assert precision_recall_density_coverage(real=real, fake=fake, k=k) == pytest.approx(expected, abs=1e-12)
 
 
 @pytest.mark.parametrize("seed", range(8))
