@@ -651,6 +651,17 @@ def _short(path):
     "A path of an SVG with its coordinates in hundredths of a point."
     return b" " + b" ".join(re.sub(rb"(\.\d\d)\d+", rb"\1", path[0]).split())
 
+# %% ../nbs/00_core.ipynb #43cc020d
+def _show_names_as_given(figure):
+    "Take the texts of a figure for what they are, and not for mathematics; but for the numbers of logarithmic scales."
+    from matplotlib.text import Text
+    from matplotlib.ticker import LogFormatter
+    typeset = set()
+    for axis in (axis for ax in figure.axes for axis in (ax.xaxis, ax.yaxis)):
+        numbers = axis.get_ticklabels(which="both")  # makes those that are not there yet
+        if isinstance(axis.get_major_formatter(), LogFormatter): typeset.update(numbers)
+    for text in figure.findobj(Text): text.set_parse_math(text in typeset)
+
 # %% ../nbs/00_core.ipynb #d5340054
 @patch
 def write_figure(
@@ -664,6 +675,7 @@ def write_figure(
     The PNG has all its grey levels, or 128 colours.
     """
     import matplotlib as mpl
+    _show_names_as_given(figure)
     def small(path):
         drawn = BytesIO()
         # images are shown larger than they are: more dots would only weigh
@@ -685,6 +697,7 @@ def write_sheet(
 ) -> None:
     "Write a sheet of images as `figures/<name>.webp`, byte for byte the same for the same figure."
     from PIL import Image
+    _show_names_as_given(figure)
     def small(path):
         drawn = BytesIO()
         figure.savefig(drawn, bbox_inches="tight", dpi=120)

@@ -449,6 +449,7 @@ def found_effusion(results, tables):
         rows = [f"{row} {interval(auc[row])}" for row in printed.index if row in auc]
         asked = own["open_question"].get(judge)
         more = f" By the rule on real images, {best}: {asked['verdict']}." if asked else ""
+        if why := own["cannot_tell"].get(judge): found.append(f"No score of a generated image is a test here: {why}.")
         found.append(f"{judge}, AUC: {'; '.join(rows)}.{more}")
         if asked: found.append(not_excluded(tables["domain_gap"], judge, best))
     return found
@@ -456,8 +457,10 @@ def found_effusion(results, tables):
 # %% ../nbs/F_page.ipynb #1b5b4dad
 def found_claims(results, tables):
     "§§4, 5: how many claims have which verdict."
-    counts = tables["claims"].verdict.value_counts()
-    return [f"{counts.sum()} claims: {listed([f'{n} {verdict}' for verdict, n in counts.items()])}."]
+    counts, reasons = tables["claims"].verdict.value_counts(), tables["claims"].reason
+    blind = reasons[reasons.isin(results["40_discussion"]["cannot_tell"].values())].value_counts()
+    return [f"{counts.sum()} claims: {listed([f'{n} {verdict}' for verdict, n in counts.items()])}.",
+            *(f"{n} are not testable here, for {why}." for why, n in blind.items())]
 
 def found_clusters(results, tables):
     "Appendix B: which encoder stands where."
