@@ -14,9 +14,6 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 from tqdm.auto import tqdm
 
 from .core import TABLE_COLUMNS, slug
@@ -282,6 +279,9 @@ def realness(
     seed: int = 0,  # of the folds
 ) -> np.ndarray:  # (n,) probability of being real, by a regression fitted to other units
     "Tell real images from others by their features, cross-validated; raises what `unit_folds` raises."
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
     fold, found = unit_folds(units, real, seed=seed), np.empty(len(features))
     cells = pd.Series(list(zip(real, groups)))
     weights = (len(cells) / cells.nunique() / cells.map(cells.value_counts())).to_numpy()

@@ -33,7 +33,6 @@ from io import BytesIO
 from pathlib import Path, PurePath
 
 import numpy as np
-import pandas as pd
 import yaml
 from fastcore.basics import patch
 
@@ -475,9 +474,13 @@ def _json_list(value, where):
     except TypeError: return sorted(made, key=json.dumps)
 
 # %% ../nbs/00_core.ipynb #5e1a07d4
+def _timestamp(value):
+    import pandas as pd
+    return pd.Timestamp(value)
+
 def _json_form(value, where):
-    torch = sys.modules.get("torch")
-    if value is None or value is pd.NA or value is pd.NaT or value is np.ma.masked: return None
+    torch, pandas = sys.modules.get("torch"), sys.modules.get("pandas")
+    if value is None or value is np.ma.masked or pandas and (value is pandas.NA or value is pandas.NaT): return None
     if isinstance(value, bool | np.bool_): return bool(value)
     if isinstance(value, int | np.integer) and not isinstance(value, np.timedelta64): return int(value)
     if isinstance(value, float | np.floating): return float(value) if math.isfinite(float(value)) else None
@@ -485,7 +488,7 @@ def _json_form(value, where):
     if isinstance(value, str): return value.encode("utf-8", "backslashreplace").decode("utf-8")
     if isinstance(value, PurePath): return _json_form(value.as_posix(), where)
     if isinstance(value, date): return value.isoformat()
-    if isinstance(value, np.datetime64): return _json_form(pd.Timestamp(value), where)
+    if isinstance(value, np.datetime64): return _json_form(_timestamp(value), where)
     if isinstance(value, Mapping): return _json_dict(value, where)
     if is_dataclass(value) and not isinstance(value, type):
         return _json_dict({field.name: getattr(value, field.name) for field in fields(value)}, where)
@@ -597,7 +600,7 @@ def keep(
 def write_csv(
     self: Run,
     name: str,  # path below outputs/<profile>, ending in .csv
-    frame: pd.DataFrame,  # written without its index
+    frame: "pd.DataFrame",  # written without its index
 ) -> None:
     "Write a frame as CSV."
     self.write(name, lambda path: frame.to_csv(path, index=False, lineterminator="\n"))
@@ -607,7 +610,7 @@ def write_csv(
 def write_measure(
     self: Run,
     name: str,  # file stem below measures/
-    frame: pd.DataFrame,  # the raw values behind a table: one row per report, image or pair
+    frame: "pd.DataFrame",  # the raw values behind a table: one row per report, image or pair
 ) -> None:
     "Write raw values as `measures/<name>.parquet`."
     self.write(f"measures/{name}.parquet", lambda path: frame.to_parquet(path, index=False))
@@ -630,7 +633,7 @@ TABLE_COLUMNS = ["row", "column", "published", "measured", "ci_low", "ci_high", 
 def write_table(
     self: Run,
     name: str,  # file stem below tables/, e.g. "table_2"
-    table: pd.DataFrame,  # TABLE_COLUMNS, then further columns
+    table: "pd.DataFrame",  # TABLE_COLUMNS, then further columns
 ) -> None:
     "Write `tables/<name>.csv`; raises ValueError unless it begins with TABLE_COLUMNS."
     if list(table.columns[: len(TABLE_COLUMNS)]) != TABLE_COLUMNS:
@@ -751,26 +754,29 @@ def times(
 # %% ../nbs/00_core.ipynb #22cafa49
 def published(
     name: str,  # "table_1" … "table_6", "figure_3", "training_details"
-) -> pd.DataFrame:
+) -> "pd.DataFrame":
     "The paper's printed numbers, as transcribed from it; raises FileNotFoundError for a name there is none of."
     folder = resources.files("cxr_nb") / "published"
     path = folder / f"{name}.csv"
     if not path.is_file():
         known = ", ".join(sorted(p.name.removesuffix(".csv") for p in folder.iterdir()))
         raise FileNotFoundError(f"no published numbers '{name}'; there are {known}")
+    import pandas as pd
     with path.open(encoding="utf-8") as file: return pd.read_csv(file)
 
 # %% ../nbs/00_core.ipynb #6b0fc9df
 def _cell(measured, low, high, decimals):
+    import pandas as pd
     if pd.isna(measured): return "–"
     interval = "" if pd.isna(low) else f" [{low:.{decimals}f},\u00a0{high:.{decimals}f}]"
     return f"{measured:.{decimals}f}{interval}"
 
 def paper_view(
-    table: pd.DataFrame,  # as written by Run.write_table
+    table: "pd.DataFrame",  # as written by Run.write_table
     decimals: int = 1,  # digits after the point
-) -> pd.DataFrame:  # rows (row, published | measured), one column per printed column
+) -> "pd.DataFrame":  # rows (row, published | measured), one column per printed column
     "A table in the paper's shape, the published value above the measured one with its interval."
+    import pandas as pd
     shown = {"published": [_cell(v, np.nan, np.nan, decimals) for v in table["published"]],
              "measured": [_cell(*v, decimals) for v in zip(table["measured"], table["ci_low"], table["ci_high"])]}
     long = pd.concat([table[["row", "column"]].assign(value=kind, cell=cells) for kind, cells in shown.items()])

@@ -13,7 +13,6 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pandas as pd
-import torch
 from fastcore.basics import patch
 from tqdm.auto import tqdm
 
@@ -26,6 +25,7 @@ def _span(data_range):
 
 def _pair(a, b, data_range=None):
     "Two batches of images as floats; refused where they do not fit each other or their range."
+    import torch  # here and below: measures of sets and of scores do without
     a, b = (x if x.dtype == torch.float64 else x.float() for x in map(torch.as_tensor, (a, b)))
     if a.shape != b.shape or a.ndim not in (3, 4) or not a.numel():
         raise ValueError(
@@ -42,22 +42,23 @@ def _pair(a, b, data_range=None):
 
 # %% ../nbs/01_metrics.ipynb #3e71b181
 def rmse(
-    a: torch.Tensor,  # (n, h, w) or (n, c, h, w)
-    b: torch.Tensor,  # same shape and unit
-) -> torch.Tensor:  # (n,) in the unit of the images
+    a: "torch.Tensor",  # (n, h, w) or (n, c, h, w)
+    b: "torch.Tensor",  # same shape and unit
+) -> "torch.Tensor":  # (n,) in the unit of the images
     "Root-mean-square error of each pair (§2.3); raises ValueError for other shapes or NaN."
     a, b = _pair(a, b)
     return (a - b).square().flatten(1).mean(1).sqrt()
 
 def psnr(
-    a: torch.Tensor,  # (n, h, w) or (n, c, h, w)
-    b: torch.Tensor,  # same shape and unit
+    a: "torch.Tensor",  # (n, h, w) or (n, c, h, w)
+    b: "torch.Tensor",  # same shape and unit
     data_range: tuple[float, float],  # lowest and highest possible value, e.g. (0, 255)
-) -> torch.Tensor:  # (n,) decibel; infinite for equal images
+) -> "torch.Tensor":  # (n,) decibel; infinite for equal images
     """Peak signal-to-noise ratio of each pair (§2.3), the peak being the width of the range.
 
     Raises ValueError for other shapes, NaN, and values outside the range.
     """
+    import torch
     low, high = _span(data_range)
     a, b = _pair(a, b, (low, high))
     return 20 * torch.log10((high - low) / rmse(a, b))
@@ -67,8 +68,8 @@ _WINDOW = np.exp(-((np.arange(11) - 5) ** 2) / (2 * 1.5**2))
 _WINDOW /= _WINDOW.sum()
 
 def window_mean(
-    x: torch.Tensor,  # (..., h, w)
-) -> torch.Tensor:  # (..., h - 10, w - 10)
+    x: "torch.Tensor",  # (..., h, w)
+) -> "torch.Tensor":  # (..., h - 10, w - 10)
     "SSIM's Gaussian weighted mean over 11 × 11 pixels, where they fit in."
     for axis in (-2, -1):
         n = x.shape[axis] - 10
@@ -80,6 +81,7 @@ def window_mean(
 
 def _local_ssim(a, b, low, high):
     "SSIM where the window fits in: (n, c, h, w) to (n, c, h - 10, w - 10)."
+    import torch
     # the middle of the range is taken off: a variance as a difference of large squares would lose digits
     a, b = ((x - low) / (high - low) - 0.5 for x in (a, b))
     mean_a, mean_b, squares, product = window_mean(torch.stack([a, b, a * a + b * b, a * b]))
@@ -90,6 +92,7 @@ def _local_ssim(a, b, low, high):
 
 def _in_blocks(a, b, data_range, reduce):
     "Apply `reduce(a, b, low, high)` to a few images at a time, so that the fields fit in memory at any n."
+    import torch
     low, high = _span(data_range)
     a, b = _pair(a, b, (low, high))
     if min(a.shape[-2:]) < 11:
@@ -100,10 +103,10 @@ def _in_blocks(a, b, data_range, reduce):
 
 # %% ../nbs/01_metrics.ipynb #c476f64c
 def ssim(
-    a: torch.Tensor,  # (n, h, w) or (n, c, h, w), at least 11 pixels a side
-    b: torch.Tensor,  # same shape and unit
+    a: "torch.Tensor",  # (n, h, w) or (n, c, h, w), at least 11 pixels a side
+    b: "torch.Tensor",  # same shape and unit
     data_range: tuple[float, float],  # lowest and highest possible value, e.g. (0, 255)
-) -> torch.Tensor:  # (n,) -1 to 1, 1 for equal images
+) -> "torch.Tensor":  # (n,) -1 to 1, 1 for equal images
     """Structural similarity of each pair (§2.3), averaged over channels.
 
     Raises ValueError for other shapes, NaN, values outside the range, and images
@@ -113,11 +116,12 @@ def ssim(
 
 # %% ../nbs/01_metrics.ipynb #cf3c920b
 def ssim_map(
-    a: torch.Tensor,  # (n, h, w) or (n, c, h, w), at least 11 pixels a side
-    b: torch.Tensor,  # same shape and unit
+    a: "torch.Tensor",  # (n, h, w) or (n, c, h, w), at least 11 pixels a side
+    b: "torch.Tensor",  # same shape and unit
     data_range: tuple[float, float],  # lowest and highest possible value, e.g. (0, 255)
-) -> torch.Tensor:  # (n, h, w) -1 to 1
+) -> "torch.Tensor":  # (n, h, w) -1 to 1
     "Structural similarity around each pixel, averaged over channels; raises what `ssim` raises."
+    import torch
     def mirrored(x):
         for axis in (-2, -1):
             n = x.shape[axis]
@@ -127,10 +131,11 @@ def ssim_map(
     return _in_blocks(a, b, data_range, lambda x, y, *span: _local_ssim(mirrored(x), mirrored(y), *span).mean(1))
 
 def box_means(
-    values: torch.Tensor,  # (n, h, w), e.g. a map of SSIM
+    values: "torch.Tensor",  # (n, h, w), e.g. a map of SSIM
     boxes: Sequence[Sequence],  # of each image, any number of (left, top, right, bottom) in pixels, ends excluded
-) -> tuple[torch.Tensor, torch.Tensor]:  # (n,) mean inside and (n,) mean outside; NaN where there is nothing
+) -> "tuple[torch.Tensor, torch.Tensor]":  # (n,) mean inside and (n,) mean outside; NaN where there is nothing
     "Means over the pixels inside and outside of boxes; raises ValueError unless there is a list of boxes per image."
+    import torch
     if len(boxes) != len(values): raise ValueError(f"{len(values)} images but {len(boxes)} lists of boxes")
     inside = torch.zeros(values.shape, dtype=torch.bool, device=values.device)
     for mask, own in zip(inside, boxes):
@@ -141,7 +146,7 @@ def box_means(
 # %% ../nbs/01_metrics.ipynb #888ecee0
 def _features(features):
     "Features as (n, d) in double precision, refused where they are not."
-    x = features.detach().cpu() if isinstance(features, torch.Tensor) else features
+    x = features.detach().cpu() if hasattr(features, "detach") else features
     x = np.asarray(x, np.float64)
     if x.ndim != 2: raise ValueError(f"features are (n images, d features), not of shape {x.shape}")
     finite = np.isfinite(x).all(1)
@@ -156,7 +161,7 @@ class FeatureStatistics:
 
     def update(
         self,
-        features: np.ndarray | torch.Tensor,  # (m, d); any m
+        features: "np.ndarray | torch.Tensor",  # (m, d); any m
     ):  # itself
         "Take in a batch; raises ValueError for features of another width or that are not finite."
         x = _features(features)
@@ -387,7 +392,7 @@ SCORES = ["auc", "accuracy", "f1", "precision", "recall", "prevalence"]
 
 def _labelled(labels, scores, threshold):
     "Labels and scores as floats; refused unless they are 0 or 1 and probabilities."
-    labels, scores = (np.asarray(x.cpu() if isinstance(x, torch.Tensor) else x, float) for x in (labels, scores))
+    labels, scores = (np.asarray(x.cpu() if hasattr(x, "cpu") else x, float) for x in (labels, scores))
     if labels.ndim != 1 or labels.shape != scores.shape or not len(labels):
         raise ValueError(f"labels and scores are one each per image, not of shapes {labels.shape} and {scores.shape}")
     for what, values, bad, wanted in (

@@ -20,11 +20,6 @@ import numpy as np
 import pandas as pd
 import torch
 from safetensors.torch import load_file
-from scipy.sparse import csr_matrix
-from sklearn.decomposition import TruncatedSVD
-from sklearn.feature_extraction.text import TfidfVectorizer
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import Normalizer
 from tqdm.auto import tqdm
 
 from .checkpoints import find_checkpoint, read_settings, split_place
@@ -428,6 +423,7 @@ def intersection_over_union(
     bags: list[np.ndarray],  # numbers of the words of each text
 ) -> Callable[[int, int], torch.Tensor]:
     "Rows of the baseline's similarity: shared words over all words of two texts (§2.4)."
+    from scipy.sparse import csr_matrix
     sizes = np.array([len(bag) for bag in bags])
     has = csr_matrix((np.ones(sizes.sum(), np.float32), np.concatenate(bags), np.r_[0, sizes.cumsum()]))
     def rows(start, stop):
@@ -442,6 +438,10 @@ def fit_tfidf_svd(
     seed: int = 0,  # of the randomised decomposition
 ):  # a scikit-learn pipeline: .transform(texts) -> (n, components), rows of length one
     "Fit latent semantic analysis: TF-IDF of words and word pairs, truncated SVD; raises ValueError for fewer texts than components."
+    from sklearn.decomposition import TruncatedSVD
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import Normalizer
     if len(texts) <= components:
         raise ValueError(f"TF-IDF + SVD: {components} components need more than {len(texts)} texts")
     tfidf = TfidfVectorizer(ngram_range=(1, 2), min_df=2, sublinear_tf=True)
