@@ -557,6 +557,22 @@ class Run:
         self.inputs, self.outputs = {}, {}
         if "seed" in self.parameters: seed_everything(self.parameters["seed"])
 
+# %% ../nbs/00_core.ipynb #d021e2ee
+@patch
+def refuse_tracked(
+    self: Run,
+    names: Sequence[str],  # parameters that name data of somebody's own
+    terms: str = "",  # that such data are under, for the message
+) -> None:
+    "Raise ValueError where there are such parameters and git would track this run's results, or does not say."
+    if not names: return
+    written = ("figures/a.png", "tables/a.csv", f"records/{self.notebook}.json", f"notebooks/{self.notebook}.ipynb")
+    if any(git_would_track(self.folder / name) for name in written):
+        raise ValueError(
+            f"{', '.join(names)}: {terms}git tracks outputs/{self.parameters['profile']}, and pictures, reports and paths of "
+            "somebody's own do not belong into a commit; use a profile whose results are ignored, such as public"
+        )
+
 # %% ../nbs/00_core.ipynb #4d5064f0
 @patch
 def need(
