@@ -15,6 +15,7 @@ import pandas as pd
 import pyarrow
 import pyarrow.csv
 import pytest
+import yaml
 import torch
 import torchxrayvision as xrv
 import trees
@@ -973,13 +974,26 @@ def test_negatives_are_not_proposed_as_few_shot_images(tmp_path):
     assert not rows.excluded[~turned].str.startswith("inverted").any()
 
 
-def test_patients_under_an_agreement_stay_out_of_what_git_tracks(project, run_in, tmp_path):
-    copy = tmp_path / "clone"
+def refused_by_demo(project, run_in, copy, **values):
+    "Name data in the demo's own section, in a clone; returns the one line, after a look that git would track nothing of the run."
     shutil.copytree(project, copy, symlinks=True, ignore=shutil.ignore_patterns("outputs", ".snakemake"))
     subprocess.run(["git", "init", "-q", copy], check=True)
-    done = run_in(copy, "cxr_nb", "run", "21_datasets", "-p", "chexpert", "data/chexpert")
-    assert done.returncode == 1 and "CheXpert and MIMIC-CXR are under a data use agreement and git tracks outputs/demo" in done.stderr
-    assert not (copy / "outputs/demo/cohorts").exists() and not (copy / "outputs/demo/figures").exists()
+    path = copy / "nbs/profiles/demo.yaml"
+    sections = yaml.safe_load(path.read_text())
+    sections["21_datasets"] |= values
+    path.write_text(yaml.safe_dump(sections))
+    done = run_in(copy, "cxr_nb", "run", "21_datasets")
+    tracked = subprocess.run(["git", "-C", copy, "status", "--porcelain", "--untracked-files=all", "outputs"], capture_output=True, text=True, check=True)
+    assert done.returncode == 1 and tracked.stdout == ""
+    return done.stderr
+
+
+def test_patients_under_an_agreement_stay_out_of_what_git_tracks(project, run_in, tmp_path):
+    line = refused_by_demo(project, run_in, tmp_path / "clone", chexpert="data/chexpert")
+    assert "chexpert: CheXpert and MIMIC-CXR are under a data use agreement; git tracks outputs/demo" in line
+    # a run with other values than the demo's goes where git looks away
+    place = core.run_folder("21_datasets", core.resolve_parameters("21_datasets", "demo", {"chexpert": "data/chexpert"}))
+    assert not core.git_would_track(place / "figures/a.png")
 
 
 NO_PLACE = {"profile", "few_shot_source", "label_policy"}  # text that names no file
@@ -997,14 +1011,10 @@ def test_every_parameter_that_names_a_place_is_asked_whose_it_is():
     for place in ("images/mine", "images/phantoms/../../x", "data/mine"): assert places_of_others(defaults | {"folders": [f"Mine={place}"]}) == ["folders"]
 
 
-@pytest.mark.parametrize("name, given", [("folders", "[Mine=data/mine]"), ("text_sources", "[Open-i, Mine=data/mine]"), ("openi_images", "data/openi"), ("nih", "data/nih"), ("laion_400m", "data/laion")])
-def test_pictures_and_reports_of_others_stay_out_of_what_git_tracks(project, run_in, tmp_path, name, given):
-    copy = tmp_path / "clone"
-    shutil.copytree(project, copy, symlinks=True, ignore=shutil.ignore_patterns("outputs", ".snakemake"))
-    subprocess.run(["git", "init", "-q", copy], check=True)
-    done = run_in(copy, "cxr_nb", "run", "21_datasets", "-p", name, given)
-    assert done.returncode == 1 and f"{name}: git tracks outputs/demo, and pictures, reports and paths that are not the project's own" in done.stderr
-    assert not any((copy / "outputs/demo" / folder).exists() for folder in ("cohorts", "figures", "tables", "records"))
+@pytest.mark.parametrize("values", [{"folders": ["Mine=data/mine"]}, {"text_sources": ["Open-i", "Mine=data/mine"]}, {"nih": "data/nih", "laion_400m": "data/laion"}])
+def test_pictures_and_reports_of_others_stay_out_of_what_git_tracks(project, run_in, tmp_path, values):
+    line = refused_by_demo(project, run_in, tmp_path / "clone", **values)
+    assert f"{', '.join(values)}: git tracks outputs/demo, and pictures, reports and paths of somebody's own" in line
 
 
 def test_paths_of_a_cohort_do_not_name_this_machine(ran, project):

@@ -2,12 +2,14 @@
 import json
 import os
 import subprocess
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT
 
 from cxr_nb import core
+from cxr_nb.datasets import places_of_others
 
 
 @pytest.fixture(autouse=True)
@@ -115,13 +117,15 @@ def test_the_commit_is_that_of_the_project_whatever_the_environment_names(reposi
 
 @pytest.mark.parametrize("script", ["exit 128", None])
 def test_credentialed_data_are_refused_before_they_are_read(repository, tmp_path, monkeypatch, script):
-    "The first cell of 21_datasets, with results in a tracked folder, an ignored one, and one that git gives no verdict on."
+    "The guard of 21_datasets, with results in a tracked folder, an ignored one, and one that git gives no verdict on."
     cells = json.loads((ROOT / "nbs/21_datasets.ipynb").read_text())["cells"]
-    [guard] = [source for cell in cells if "a data use agreement and git" in (source := "".join(cell["source"]))]
+    [guard] = [source for cell in cells if "run.refuse_tracked(" in (source := "".join(cell["source"]))]
+    defaults = {name: default for name, (_, default) in core.declared_parameters("21_datasets").items()}
 
     def opened(place, **data):
-        run = SimpleNamespace(folder=repository / place)
-        exec(guard, {"Run": lambda *_: run, "git_would_track": core.git_would_track, "profile": "demo", "chexpert": "", "mimic_cxr": ""} | data)
+        run = SimpleNamespace(folder=repository / place, notebook="21_datasets", parameters=defaults | data)
+        run.refuse_tracked = partial(core.Run.refuse_tracked, run)
+        exec(guard, {"run": run, "places_of_others": places_of_others, **run.parameters})
 
     for data in ({"chexpert": "x"}, {"mimic_cxr": "x"}):
         opened("out/free", **data)
