@@ -12,6 +12,7 @@ __all__ = ['PACKAGE', 'LONGEST_NAME', 'PARAMETER_TYPES', 'TABLE_COLUMNS', 'repo_
 
 # %% ../nbs/00_core.ipynb #dc2339fb
 import ast
+import errno
 import hashlib
 import json
 import math
@@ -20,6 +21,7 @@ import platform
 import random
 import re
 import resource
+import shutil
 import subprocess
 import sys
 import time
@@ -121,13 +123,21 @@ def source_names(
 def written_whole(
     path: Path,  # the file to write
 ):
-    "Yield a temporary neighbour of `path` to write to; it replaces `path` only if the block succeeds."
+    """Yield a temporary neighbour of `path` to write to; it replaces `path` only if the block succeeds.
+
+    Raises OSError in one line where the disk is full.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".partial-{os.getpid()}-{path.name}")
     try:
         yield partial
         os.replace(partial, path)
+    except Exception as error:
+        # libraries tell of a full disk in words of their own
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+        if not full and shutil.disk_usage(path.parent).free >= 2**20: raise
+        raise OSError(f"{path}: cannot be written, the disk is full; make room, and call again") from None
     finally:
         partial.unlink(missing_ok=True)
 
@@ -182,28 +192,38 @@ def check_parameter(
     raise TypeError(f"{where}: parameter '{name}' takes {wanted}, not {given}")
 
 # %% ../nbs/00_core.ipynb #faf246e2
+def _parameters_cell(notebook):
+    "The source of a notebook's cell tagged `parameters`."
+    path = source_file(f"{notebook}.ipynb")
+    if not path.exists():
+        near = suggestion(notebook, source_names("", ".ipynb"))
+        raise FileNotFoundError(f"notebook {notebook}: no file nbs/{notebook}.ipynb{near}")
+    try:
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        tagged = ["".join(c["source"]) for c in cells if "parameters" in c["metadata"].get("tags", [])]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"notebook {notebook}: nbs/{notebook}.ipynb is no whole notebook ({error!r}); restore it") from None
+    if len(tagged) != 1: raise ValueError(f"notebook {notebook}: {len(tagged)} cells tagged 'parameters', expected one")
+    return tagged[0]
+
 def declared_parameters(
     notebook: str,  # stem of a notebook in nbs/
 ) -> dict[str, tuple[str, object]]:  # name -> (type name, default)
     """What the cell tagged `parameters` of a notebook declares.
 
     Raises FileNotFoundError for a notebook that is not there and ValueError
-    for a cell that is missing or holds more than `name: type = literal`.
+    for one that is broken, and for a cell that is missing or holds more than
+    `name: type = literal`.
     """
-    path = source_file(f"{notebook}.ipynb")
-    if not path.exists():
-        near = suggestion(notebook, source_names("", ".ipynb"))
-        raise FileNotFoundError(f"notebook {notebook}: no file nbs/{notebook}.ipynb{near}")
-    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
-    tagged = [c for c in cells if "parameters" in c["metadata"].get("tags", [])]
-    if len(tagged) != 1: raise ValueError(f"notebook {notebook}: {len(tagged)} cells tagged 'parameters', expected one")
-    declared = {}
-    for node in ast.parse("".join(tagged[0]["source"])).body:
-        if not (isinstance(node, ast.AnnAssign) and node.value):
-            raise ValueError(
-                f"notebook {notebook}: its parameters cell holds {ast.unparse(node)!r}; only 'name: type = value' may stand there"
-            )
-        declared[node.target.id] = ast.unparse(node.annotation), ast.literal_eval(node.value)
+    where, declared = f"notebook {notebook}: its parameters cell", {}
+    try: lines = ast.parse(_parameters_cell(notebook)).body
+    except SyntaxError as error: raise ValueError(f"{where}, line {error.lineno}: {error.msg}") from None
+    for node in lines:
+        if not (isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.value):
+            raise ValueError(f"{where} holds {ast.unparse(node)!r}; only 'name: type = value' may stand there")
+        try: default = ast.literal_eval(node.value)
+        except ValueError: raise ValueError(f"{where}: the value of '{node.target.id}' is no literal") from None
+        declared[node.target.id] = ast.unparse(node.annotation), default
     return declared
 
 # %% ../nbs/00_core.ipynb #5e1a07c3

@@ -1,10 +1,11 @@
 "What `cxr_nb.core` writes: JSON that any reader takes."
+import errno
 import json
 from collections import Counter, OrderedDict
 from dataclasses import dataclass
 from datetime import date, datetime
 from pathlib import Path, PureWindowsPath
-from types import MappingProxyType
+from types import MappingProxyType, SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -85,3 +86,20 @@ def test_a_refused_result_leaves_no_record_and_names_its_key(run):
 def test_every_committed_record_is_json_for_any_reader():
     records = list((core.repo_root() / "outputs/demo/records").glob("*.json"))
     assert records and all(strictly(path.read_text(encoding="utf-8"))["parameters"] for path in records)
+
+
+@pytest.mark.parametrize("error, free", [(OSError(errno.ENOSPC, "No space left on device"), 1 << 40), (RuntimeError("unexpected pos 345728 vs 345622"), 4096)])
+def test_a_full_disk_is_one_line_and_leaves_what_was_there(tmp_path, monkeypatch, error, free):
+    path = tmp_path / "a.pt"
+    path.write_text("before")
+    monkeypatch.setattr(core.shutil, "disk_usage", lambda place: SimpleNamespace(free=free))
+    with pytest.raises(OSError, match=f"^{path}: cannot be written, the disk is full; make room, and call again$"):
+        with core.written_whole(path) as partial:
+            partial.write_text("half")
+            raise error
+    assert path.read_text() == "before" and [p.name for p in tmp_path.iterdir()] == ["a.pt"]
+
+
+def test_other_errors_stay_what_they_are(tmp_path):
+    with pytest.raises(RuntimeError, match="^other$"):
+        with core.written_whole(tmp_path / "a") as partial: raise RuntimeError("other")

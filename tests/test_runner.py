@@ -1,7 +1,11 @@
 "The command `cxr_nb run` and plain papermill: what is refused, and when."
 import json
-import shutil
 import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import nbformat
 import pytest
@@ -288,3 +292,26 @@ def test_own_images_are_named_in_one_place(tmp_path, copy_project, monkeypatch):
     (copy / "nbs/profiles/mine.yaml").write_text(json.dumps({"base": "demo", "shared": shared}))
     assert report.unfitting("mine") == []
     assert core.resolve_parameters("28_classification", "mine")["source"] == "Mine"
+
+
+@pytest.mark.parametrize("old, new, message", [
+    ("{", "", "notebook 99_small: nbs/99_small.ipynb is no whole notebook (JSONDecodeError("),
+    ('"cells"', '"cell"', "notebook 99_small: nbs/99_small.ipynb is no whole notebook (KeyError("),
+    ("k: int = 10", "k: int = = 10", "notebook 99_small: its parameters cell, line 2: invalid syntax"),
+    ("k: int = 10", "k: int = max(10, 2)", "notebook 99_small: its parameters cell: the value of 'k' is no literal"),
+    ("k: int = 10", "k.x: int = 10", "notebook 99_small: its parameters cell holds 'k.x: int = 10'"),
+])
+def test_a_broken_notebook_is_named(project, monkeypatch, old, new, message):
+    monkeypatch.chdir(project)
+    profile(project, GOOD)
+    path = project / "nbs/99_small.ipynb"
+    path.write_text(path.read_text().replace(old, new, 1))
+    with pytest.raises(SystemExit) as stop: report.main(["run", "99_small", "--profile", "tiny"])
+    assert message in stop.value.code and "\n" not in stop.value.code
+
+
+def test_results_lie_where_the_environment_says_seen_from_the_project(project, run_in):
+    profile(project, GOOD)
+    done = subprocess.run([Path(sys.executable).parent / "cxr_nb", "run", "99_small", "--profile", "tiny"], cwd=project, env=os.environ | {"PYTHONPATH": str(project), "CXR_NB_OUTPUTS": "elsewhere"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (project / "elsewhere/tiny/records/99_small.json").exists() and not (project / "nbs/elsewhere").exists()
