@@ -317,6 +317,7 @@ def inversion_record(
     # as JSON has it, so that it is equal to one that was read from a file
     return json.loads(json.dumps({"given": given, **how, "texts": texts, "initial": tensors_hash(tokens), "noise": noise}))
 
+# %% ../nbs/26_textual_inversion.ipynb #f58a2e0c
 def inverted(
     pipeline,  # a StableDiffusionPipeline in single precision
     tokens: dict[str, torch.Tensor],  # token -> the vectors it begins with, (n, width)
