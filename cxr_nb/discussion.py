@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from itertools import product
 from types import MappingProxyType
 
-import numpy as np
 import pandas as pd
 
 from .classification import blind_judge

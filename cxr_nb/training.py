@@ -364,6 +364,7 @@ def _over_data(frozen, data, batch_size, names):
         found.append({key: tensor.cpu() for key, tensor in known.items()})
     return {key: torch.cat([part[key] for part in found]) for key in found[0]}
 
+# %% ../nbs/02_training.ipynb #d4e81b2f
 class _Numbered(Dataset):
     "Samples with their place among the data."
     def __init__(self, data): self.data = data
@@ -517,6 +518,7 @@ def _leaves(value, at=""):
     pairs = value.items() if isinstance(value, dict) else enumerate(value)
     return {place: leaf for key, part in pairs for place, leaf in _leaves(part, f"{at}/{key!r}").items()}
 
+# %% ../nbs/02_training.ipynb #c3a90d17
 def content_hash(
     content: dict,  # tensors, numbers and text, nested in dicts, lists and tuples
 ) -> str:
@@ -586,6 +588,7 @@ def _whole(path):
         raise ValueError("its content is not what was written")
     return saved
 
+# %% ../nbs/02_training.ipynb #e9c2607a
 def _sound(path):
     try: return bool(_whole(path))
     except ValueError: return False
@@ -774,6 +777,7 @@ def _record_hash(about):
     known = {key: value for key, value in about.items() if key != "record_sha256"}
     return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
 
+# %% ../nbs/02_training.ipynb #b27fd690
 def write_record(
     folder: Path,  # of a finished training, with all its files
     name: str,  # of the record in it
@@ -789,6 +793,7 @@ def write_record(
         partial.write_text(json_text(about), encoding="utf-8")
     return about
 
+# %% ../nbs/02_training.ipynb #a1d3f8c5
 def check_record(
     folder: Path,
     about: dict,  # of `write_record`
