@@ -27,9 +27,11 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import fields, is_dataclass
 from datetime import date
 from difflib import get_close_matches
+from functools import lru_cache
 from importlib import metadata, resources
 from io import BytesIO
 from pathlib import Path, PurePath
@@ -192,6 +194,13 @@ def check_parameter(
     raise TypeError(f"{where}: parameter '{name}' takes {wanted}, not {given}")
 
 # %% ../nbs/00_core.ipynb #faf246e2
+def _stamp(path):
+    "What a file is known again by."
+    return path, path.stat().st_mtime_ns, path.stat().st_size
+
+@lru_cache(maxsize=256)
+def _cells(stamp): return json.loads(stamp[0].read_text(encoding="utf-8"))["cells"]
+
 def _parameters_cell(notebook):
     "The source of a notebook's cell tagged `parameters`."
     path = source_file(f"{notebook}.ipynb")
@@ -199,8 +208,7 @@ def _parameters_cell(notebook):
         near = suggestion(notebook, source_names("", ".ipynb"))
         raise FileNotFoundError(f"notebook {notebook}: no file nbs/{notebook}.ipynb{near}")
     try:
-        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
-        tagged = ["".join(c["source"]) for c in cells if "parameters" in c["metadata"].get("tags", [])]
+        tagged = ["".join(c["source"]) for c in _cells(_stamp(path)) if "parameters" in c["metadata"].get("tags", [])]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"notebook {notebook}: nbs/{notebook}.ipynb is no whole notebook ({error!r}); restore it") from None
     if len(tagged) != 1: raise ValueError(f"notebook {notebook}: {len(tagged)} cells tagged 'parameters', expected one")
@@ -285,6 +293,9 @@ def read_value(
     return plain_value(text) if text else ""
 
 # %% ../nbs/00_core.ipynb #dfb1bf31
+@lru_cache(maxsize=64)
+def _sections(stamp): return read_yaml(stamp[0].read_text(encoding="utf-8"))
+
 def _profile_file(name):
     "The sections that one file of nbs/profiles holds."
     if not re.fullmatch(r"\w[\w.-]*", name):
@@ -294,7 +305,7 @@ def _profile_file(name):
         known = source_names("profiles", ".yaml")
         missing = f"profile '{name}': no file nbs/profiles/{name}.yaml; there are {', '.join(known)}"
         raise FileNotFoundError(missing + suggestion(name, known))
-    try: sections = read_yaml(path.read_text(encoding="utf-8"))
+    try: sections = deepcopy(_sections(_stamp(path)))
     except ValueError as error: raise ValueError(f"profile '{name}': {error}") from None
     given = {key: value for key, value in sections.items() if key != "base"} if isinstance(sections, dict) else {0: 0}
     if not all(isinstance(section, dict) for section in given.values()):

@@ -213,7 +213,7 @@ def run_report(
             for line in shown_lines(_logged(running.stdout, log)):
                 shown.append(line)
                 print(line, flush=True)
-            code = running.wait()
+            code = 1 if running.wait() else 0  # a signal is a negative number
         finally: end_children()
     for line in _last_lines(code, shown, log, target): print(line, file=sys.stderr if code else sys.stdout, flush=True)
     if not code and target == "report": print(f"the page: {os.path.relpath(folder / 'report.html')}")

@@ -102,7 +102,7 @@ def test_a_failure_is_one_line_and_where_to_look(project, run_in):
     assert done.returncode == 1 and "cxr_nb: report failed: MissingInputException" in done.stderr
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 def test_children_end_with_the_command(project, number):
     running, children = started(project)
     running.send_signal(number)
