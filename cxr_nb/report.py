@@ -174,6 +174,7 @@ def _logged(lines, log):
 def _without_remains(folder):
     "Remove what a run that was killed left half-written."
     for partial in folder.rglob(".partial-*"):
+        if partial.relative_to(folder).parts[0] == "other": continue  # a run with other parameters may be at work there
         if partial.is_dir(): shutil.rmtree(partial)
         else: partial.unlink(missing_ok=True)
 
