@@ -1,7 +1,13 @@
 "The graph of notebooks, at the smoke scale: it runs, it stands still, it reruns what an edit touches, it fails well and resumes."
 import json
+import os
 import re
 import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import checkpoints
 import pandas as pd
@@ -204,3 +210,24 @@ def test_a_failed_run_keeps_its_notebook_and_resumes(report, run_in):
     assert done.returncode == 0, done.stderr[-3000:]
     assert {line for line in re.findall(r"^Job \d+: notebook (\w+)", done.stderr, flags=re.M)} == RESULTS | LAST
     assert (out / "tables/table_2.csv").exists() and would_run(run_in, report) == set()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_an_interrupted_report_keeps_finished_trainings(report, run_in, number):
+    "Interrupted between two U-Nets: those that are finished are found by the next run, and not a step of theirs is taken again."
+    out, env = report / "outputs/smoke", os.environ | {"PYTHONPATH": str(report)}
+    call = [Path(sys.executable).parent / "cxr_nb", "report", "--profile", "smoke", "--cores", "2"]
+    (out / "records/27_unet_finetuning.json").unlink()
+    folders = sorted((out / "models/unet").iterdir(), key=lambda folder: (folder / "training.json").stat().st_mtime)
+    for folder in folders[2:]: shutil.rmtree(folder)
+    running = subprocess.Popen(call, cwd=report, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    third = folders[2] / "training.json"
+    while not third.exists(): assert running.poll() is None; time.sleep(0.05)
+    running.send_signal(number)
+    running.wait(timeout=30)
+    time.sleep(3)  # the children of one that was killed look after it every half second
+    kept = {path: path.read_bytes() for path in (out / "models/unet").glob("*/training.json")}
+    assert {folder / "training.json" for folder in folders[:3]} <= kept.keys()
+    assert run_in(report, "cxr_nb", "run", "27_unet_finetuning", "--profile", "smoke").returncode == 0
+    assert all(path.read_bytes() == content for path, content in kept.items())  # which hold the seconds that they took
+    assert all((folder / "training.json").exists() for folder in folders)
