@@ -145,7 +145,8 @@ def add_tokens(
     new = sum(len(vectors) for vectors in tokens.values())
     # without this diffusers' call would fit a normal distribution to the vocabulary, for rows it then overwrites
     pipeline.text_encoder.resize_token_embeddings(len(pipeline.tokenizer) + new, mean_resizing=False)
-    for token, vectors in tokens.items(): pipeline.load_textual_inversion({token: vectors})
+    # all in one call: a call for each would cut the rows of the next away again
+    pipeline.load_textual_inversion([{token: vectors} for token, vectors in tokens.items()])
     pipeline.text_encoder.requires_grad_(False)
 
 # %% ../nbs/26_textual_inversion.ipynb #089b4ef1
