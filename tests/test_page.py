@@ -97,7 +97,8 @@ def check_self_contained(html):
     found = Tables(html)
     assert found.loaded and all(source.startswith("data:") for source in found.loaded)
     assert not re.search(r"@import|url\((?!#)|https?://|fetch\(|XMLHttp", html)
-    assert all(re.match(r"#|(notebooks|tables|figures|records)/[\w.]+$", link) for link in found.links)
+    # a browser shows a notebook's file as raw text: no link leads to one
+    assert all(re.match(r"#|(tables|figures|records)/[\w.]+$", link) for link in found.links)
     assert all(f'id="{link[1:]}"' in html for link in found.links if link.startswith("#"))
     assert found.images and all(len(image["alt"]) > 20 for image in found.images)
     assert all(len(said) > 20 for said in re.findall(r'<svg [^>]*role="img" aria-label="([^"]*)"', html)) and html.count("<svg ") == html.count("<svg viewBox=")
@@ -208,14 +209,24 @@ def test_the_demos_pieces_have_words_of_their_own():
                     assert page.about_piece(piece, section["shown"])["order"][0] < len(section["shown"]), f"templates/report.yaml has no words for {file}"
 
 
-LOOK = """<link rel="icon" href="data:,"><iframe src="report.html" style="width: 390px; height: 800px; border: 0"></iframe><script>
+LOOK = """<link rel="icon" href="data:,"><iframe src="report.html" style="width: WIDTHpx; height: HEIGHTpx; border: 0"></iframe><script>
 onload = async () => {
   const page = document.querySelector("iframe").contentDocument;
   for (const fold of page.querySelectorAll("details")) fold.open = true;
   const loaded = await Promise.allSettled([...page.images].map(image => image.decode()));
-  const wide = [...page.querySelectorAll("main *")].filter(e => !e.closest(".scroll, .card, .again") && e.getBoundingClientRect().right > 390);
+  const wide = [...page.querySelectorAll("main *")].filter(e => !e.closest(".scroll, .card, .again") && e.getBoundingClientRect().right > WIDTH);
+  const boxes = [...page.querySelectorAll(".scroll")].map(box => {
+    const room = box.getBoundingClientRect(), cells = [...box.querySelectorAll("th, td")], at = cell => cell.getBoundingClientRect();
+    const cut = cells.filter(c => /\\[|published|measured/.test(c.textContent) && at(c).left < room.right - 2 && at(c).right > room.right + 2).length;
+    const gone = cells.filter(c => /^(published|measured)$/.test(c.textContent) && at(c).right > room.right + 2).length;
+    box.scrollLeft = 1e6;
+    const last = [...box.querySelectorAll("tr")].map(row => at(row.lastElementChild)), names = [...box.querySelectorAll("tbody th")].map(at);
+    return {label: box.ariaLabel, cut, gone, scrolls: box.scrollWidth > box.clientWidth, end: Math.max(...last.map(r => r.right)) - room.right,
+            name: Math.max(...names.map(r => Math.abs(r.left - room.left)))};
+  });
   fetch("found", {method: "POST", body: JSON.stringify({
-    width: page.documentElement.scrollWidth, wide: wide.length, loaded: loaded.filter(one => one.status == "fulfilled").length,
+    width: page.documentElement.scrollWidth, room: page.documentElement.clientWidth, boxes,
+    answer: page.querySelector(".answer").getBoundingClientRect().bottom, sentences: page.querySelectorAll(".answer dd").length, wide: wide.length, loaded: loaded.filter(one => one.status == "fulfilled").length,
     images: [...page.images].map(image => [image.naturalWidth, image.naturalHeight, image.clientWidth]),
     drawings: [...page.querySelectorAll("figure svg")].map(drawing => [drawing.clientWidth, drawing.clientHeight]),
     tables: [...page.querySelectorAll("table")].map(table => table.rows.length),
@@ -226,10 +237,10 @@ onload = async () => {
 
 @pytest.fixture
 def browse(tmp_path_factory):
-    "A function that opens report.html of a folder in Chromium, 390 pixels wide: what it found there, its console, paths asked for."
+    "A function that opens report.html of a folder in Chromium, on a phone or a wider screen: what it found there, its console, paths asked for."
     started = []
 
-    def look(folder):
+    def look(folder, width=390, height=844):
         asked, told, place = [], [], tmp_path_factory.mktemp("chromium")
         seen = threading.Event()
 
@@ -240,7 +251,7 @@ def browse(tmp_path_factory):
                 self.send_response(200)
                 self.send_header("Content-Type", "text/html; charset=utf-8")
                 self.end_headers()
-                self.wfile.write(LOOK.encode())
+                self.wfile.write(LOOK.replace("WIDTH", str(width)).replace("HEIGHT", str(height)).encode())
 
             def do_POST(self):
                 told.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
@@ -268,6 +279,40 @@ def browse(tmp_path_factory):
     for stop in started: stop()
 
 
+def check_tables_in_reach(found, width):
+    "Nothing is wider than the page; a table ends in its box, scrolled where it must be, with its rows' names in sight."
+    assert found["width"] <= found["room"] <= width and found["wide"] == 0
+    assert found["boxes"] and all(box["end"] <= 1 for box in found["boxes"]), found["boxes"]
+    assert all(box["name"] <= 2 for box in found["boxes"] if box["scrolls"]), found["boxes"]
+    # "published" and "measured" are never beyond the edge, and a phone cuts no number in two
+    assert all(box["gone"] == 0 for box in found["boxes"]), found["boxes"]
+    if width < 640: assert all(box["cut"] == 0 for box in found["boxes"]), found["boxes"]
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+@pytest.mark.parametrize("size", [(1280, 800), (1200, 800), (390, 844)], ids=str)
+def test_wide_tables_stay_in_reach(made_up, browse, size):
+    html, _, folder = made_up()
+    measured = "0.815 [0.726,\u00a00.894]"
+    view = {"caption": "Wide.", "file": "tables/table_2.csv", "miniature": False, "total": 2, "said": "", "notes": [], "folded": False}
+    view |= {"head": [f"column {i}" for i in range(12)], "corner": "", "beside": True, "words": False}
+    view["lines"] = [("a strategy with a long name", kind, [measured] * 12) for kind in ("published", "measured")]
+    told = view | {"head": ["claim", "verdict", "published", "measured", "printed", "world", "reason", "elsewhere"], "words": True, "beside": False}
+    sentence = "the interval of this difference is clear of zero in 2 of 2 comparisons"
+    told["lines"] = [("1a", "", [sentence, "not seen in the miniature", sentence, f"U-Net, with prior: {measured} of 100", "holds", "miniature", sentence, sentence])]
+    section = {"id": "swide", "number": "9", "title": "Wide", "asked": "", "found": [], "missing": [], "notebooks": [], "linked": [], "verdicts": {}, "pieces": [view, told]}
+    sources = {"rows": [], "minutes": None, "devices": [], "commits": [], "versions": {}}
+    html = page.written(profile="made", sections=[section], answer=[("Asked", "Which?")], provenance=sources, notebooks=[], marked=[], own=[], restricted=[])
+    (folder / "report.html").write_text(html)
+    found, console, _ = browse(folder, *size)
+    assert console == []
+    check_tables_in_reach(found | {"boxes": found["boxes"][:2]}, size[0])
+    assert found["boxes"][0]["scrolls"] and not found["boxes"][1]["scrolls"]
+    # the same measure does see a table that is cut off
+    (folder / "report.html").write_text(html.replace("</style>", ".scroll { overflow: hidden !important; max-width: 9rem !important } td, th { min-width: 9rem !important; display: table-cell !important }</style>"))
+    with pytest.raises(AssertionError): check_tables_in_reach(browse(folder, *size)[0], size[0])
+
+
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
 def test_in_a_browser(made_up, browse):
     html, about, folder = made_up()
@@ -286,10 +331,19 @@ def test_in_a_browser(made_up, browse):
 
 @committed
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+@pytest.mark.parametrize("size", [(1280, 800), (1200, 800)], ids=str)
+def test_the_demos_first_screen_answers(browse, size):
+    found, _, _ = browse(DEMO, *size)
+    check_tables_in_reach(found, size[0])
+    assert found["sentences"] == 4 and found["answer"] < size[1]
+
+
+@committed
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
 def test_the_demos_page_in_a_browser(browse):
     found, console, asked = browse(DEMO)
     assert console == [] and sorted(asked) == ["/look.html", "/report.html"]
-    assert found["width"] <= 390 and found["wide"] == 0
+    check_tables_in_reach(found, 390)
     # how many of the figures are drawings is a matter of their weight
     assert len(found["images"]) + len(found["drawings"]) > 20
     assert len(found["images"]) == found["loaded"] > 10 and all(min(w, h) > 100 and shown > 200 for w, h, shown in found["images"])
