@@ -522,7 +522,7 @@ def answer_found(
     parts = []
     if sure: parts.append(f"{names(sure)}: {see} the effusion, and comparison with real images bears it out ({aucs(sure)})")
     if more: parts.append(f"{'with' if sure else 'none for certain: with'} {names(more)} {see} more effusion where it was asked for "
-                          f"({aucs(more)}), but comparison with real images leaves open whether that is how unreal they look")
+                          f"({aucs(more)}), but by comparison with real images it may be how unreal the pictures are that is seen")
     rest = len(rows) - len(sure) - len(more)
     if rest: parts.append(f"with the other {rest}, {'not every judge does' if len(judges) > 1 else 'it does not'}")
     text = "; ".join(parts)
@@ -548,7 +548,7 @@ def answer_measured(
     of = " by a bundled miniature of Stable Diffusion, with computed chest images for radiographs" if world == "miniature" else ""
     real = [interval(values) for judge in own["judges"]
             for row, values in own["auc"][judge].items() if row.startswith("Real images: ")]
-    told = f"; on real images ({own['source']}) they tell effusions from normals with AUC {listed(real)}" if real else ""
+    told = f", who tell {own['source']} with an effusion from those without with AUC {listed(real)}" if real else ""
     judges = "one classifier, the judge" if len(own["judges"]) == 1 else f"{len(own['judges'])} classifiers, the judges"
     return f"{images} images for each strategy{of}, scored by {judges} ({', '.join(own['judges'])}){told}."
 

@@ -28,6 +28,7 @@ def made_up(tmp_path, monkeypatch):
     "A function that writes a small run of three notebooks and makes its page: (HTML, what it says of itself, folder)."
     monkeypatch.setenv("CXR_NB_OUTPUTS", str(tmp_path))
     profile = {"33_text_encoder_results": {}, "C_miniature": {}, "D_benchmarks": {}}
+    monkeypatch.setattr(core, "load_profile", lambda name: profile)
 
     def leave(name, results, tables, figures, **parameters):
         run = core.Run(name, {"profile": "made", "__annotations__": {"profile": str}})
