@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['TEMPLATES', 'STUDIED', 'ADAPTED', 'WITHOUT', 'FOUND', 'NOT_SHOWN', 'SHOWN_KINDS', 'sections', 'about_piece',
            'left_out', 'promised', 'miniature_notebooks', 'places', 'in_digits', 'count_column', 'paper_lines',
-           'plain_lines', 'constants', 'notes', 'table_views', 'inlined', 'embedded', 'interval', 'listed',
-           'found_introduction', 'found_datasets', 'found_stable_diffusion', 'found_autoencoder', 'found_text_encoder',
-           'trained', 'found_projection', 'found_inversion', 'found_unet', 'found_classification', 'found_training',
-           'changed', 'found_reconstruction', 'found_chexpert', 'found_encoders', 'found_generation', 'not_excluded',
-           'found_effusion', 'found_claims', 'found_clusters', 'found_benchmarks', 'found_ablations', 'found_miniature',
-           'answer_found', 'answer_measured', 'answer', 'drawn', 'section_view', 'provenance', 'written', 'report_page']
+           'plain_lines', 'constants', 'notes', 'cells_hold', 'table_views', 'inlined', 'embedded', 'interval',
+           'listed', 'found_introduction', 'found_datasets', 'found_stable_diffusion', 'found_autoencoder',
+           'found_text_encoder', 'trained', 'found_projection', 'found_inversion', 'found_unet', 'found_classification',
+           'found_training', 'changed', 'found_reconstruction', 'found_chexpert', 'found_encoders', 'found_generation',
+           'not_excluded', 'found_effusion', 'found_claims', 'found_clusters', 'found_benchmarks', 'found_ablations',
+           'found_miniature', 'answer_found', 'answer_measured', 'answer', 'drawn', 'section_view', 'provenance',
+           'written', 'report_page']
 
 # %% ../nbs/F_page.ipynb #330d7a99
 import base64
@@ -200,6 +201,13 @@ def notes(
     return found
 
 # %% ../nbs/F_page.ipynb #c61b317d
+def cells_hold(
+    cells: list[str],  # of a table
+) -> str:  # "words", "numbers", or "numbers broad"
+    "What a table holds, which says how a phone shows it: as a list, two columns at a time, or one."
+    longest = max(map(len, cells), default=0)
+    return "words" if longest > 40 else "numbers broad" if longest > 23 else "numbers"
+
 def table_views(
     path: Path,  # a CSV
     about: dict,  # of about_piece; decimals, by, also, plain, columns, folded, said
@@ -209,7 +217,7 @@ def table_views(
     "What the template needs to show a table; one without rows says so."
     table = pd.read_csv(path)
     if table.empty:
-        nothing = {"head": [], "corner": "", "lines": [], "n": "", "beside": False, "words": False, "notes": [], "total": 0}
+        nothing = {"head": [], "corner": "", "lines": [], "n": "", "beside": False, "cells": "numbers", "notes": [], "total": 0}
         return [nothing | {"caption": about["caption"], "said": "Empty: too few images for a value.", "folded": False}]
     long = list(table.columns[: len(TABLE_COLUMNS)]) == TABLE_COLUMNS and not about.get("plain")
     parts = list(table.groupby(about["by"], sort=False)) if "by" in about else [("", table)]
@@ -225,7 +233,7 @@ def table_views(
         caption = f"{about['caption'].removesuffix('.')} ({value})." if value else about["caption"]
         views.append(found | {
             "caption": caption, "said": said, "notes": remarks, "total": len(found["lines"]),
-            "words": any(len(cell) > 40 for _, _, cells in found["lines"] for cell in cells),
+            "cells": cells_hold([cell for _, _, cells in found["lines"] for cell in cells]),
             "lines": found["lines"][:most_lines], "folded": about.get("folded", len(found["lines"]) > open_lines),
         })
     return views

@@ -296,9 +296,9 @@ def test_wide_tables_stay_in_reach(made_up, browse, size):
     html, _, folder = made_up()
     measured = "0.815 [0.726,\u00a00.894]"
     view = {"caption": "Wide.", "file": "tables/table_2.csv", "miniature": False, "total": 2, "said": "", "notes": [], "folded": False}
-    view |= {"head": [f"column {i}" for i in range(12)], "corner": "", "beside": True, "words": False}
+    view |= {"head": [f"column {i}" for i in range(12)], "corner": "", "beside": True, "cells": "numbers"}
     view["lines"] = [("a strategy with a long name", kind, [measured] * 12) for kind in ("published", "measured")]
-    told = view | {"head": ["claim", "verdict", "published", "measured", "printed", "world", "reason", "elsewhere"], "words": True, "beside": False}
+    told = view | {"head": ["claim", "verdict", "published", "measured", "printed", "world", "reason", "elsewhere"], "cells": "words", "beside": False}
     sentence = "the interval of this difference is clear of zero in 2 of 2 comparisons"
     told["lines"] = [("1a", "", [sentence, "not seen in the miniature", sentence, f"U-Net, with prior: {measured} of 100", "holds", "miniature", sentence, sentence])]
     section = {"id": "swide", "number": "9", "title": "Wide", "asked": "", "found": [], "missing": [], "notebooks": [], "linked": [], "verdicts": {}, "pieces": [view, told]}
