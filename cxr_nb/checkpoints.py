@@ -93,7 +93,8 @@ def _digest(path, algorithm): return sha256(path) if algorithm == "sha256" else 
 def _named_hash(path):
     "Algorithm and digest by a file's name in the cache; None where that says nothing."
     name = path.resolve().name
-    return ("sha256", name) if re.fullmatch("[0-9a-f]{64}", name) else None
+    kind = {64: "sha256", 40: "git-sha1"}.get(len(name))
+    return (kind, name) if kind and re.fullmatch("[0-9a-f]+", name) else None
 
 # %% ../nbs/03_checkpoints.ipynb #c96a4fd4
 def _remove(path):

@@ -37,8 +37,7 @@ def drawn_sets(
     record: dict,  # of a notebook that draws images
 ) -> pd.DataFrame:  # method, variant, prompt, folder, n
     "Sets of images that a run has drawn; raises ValueError where there is none."
-    lists = [value for value in record["parameters"].values() if isinstance(value, list)]
-    names = {slug(name): name for given in lists for name in given}
+    names = {slug(name): name for key in ("variants", "drawn") for name in record["parameters"].get(key, [])}
     rows = []
     for place, n in _folders(record["results"]):
         _, method, *variant, prompt = place.split("/")

@@ -266,8 +266,10 @@ class _Reader(yaml.SafeLoader):
         # here, not when the section is made: `<<: *other` then has brought in keys that may be replaced
         node, lines = super().compose_mapping_node(anchor), {}
         for key, _ in node.value:
-            name, line = str(key.value), key.start_mark.line + 1
-            if name in lines: raise ValueError(f"'{name}' is there twice, in lines {lines[name]} and {line}; keep one")
+            # 1 and 1.0, or ~ and null, are one key once they are read
+            name, line = plain_value(key.value) if key.tag == _WORD else str(key.value), key.start_mark.line + 1
+            if name in lines:
+                raise ValueError(f"'{key.value}' is there twice, in lines {lines[name]} and {line}; keep one")
             lines[name] = line
         return node
 

@@ -38,6 +38,7 @@ def image_sources(
 
 # %% ../nbs/07_report.ipynb #07c0de10
 _VARIANTS = {"textual_projection": "25_textual_projection", "textual_inversion": "26_textual_inversion", "unet": "27_unet_finetuning"}
+_DRAWING = ["22_stable_diffusion", *_VARIANTS.values()]
 _FEW_SHOT = "10", "25", "26", "27", "28", "31", "34", "35", "40", "E_"
 _OF_VAE = "32", "A_"
 
@@ -52,6 +53,7 @@ def _references(p):
     yield takes("21_datasets", "few_shot_source", "21_datasets", images)
     yield takes("23_autoencoder", "sources", "21_datasets", images)
     yield takes("28_classification", "source", "21_datasets", images)
+    yield takes("28_classification", "drawn_by", "the report", _DRAWING)
     for notebook in ("28_classification", "32_autoencoder_results", "A_chexpert_reconstruction"):
         yield takes(notebook, "source", "23_autoencoder", p["23_autoencoder"]["sources"])
     for notebook in ("32_autoencoder_results", "A_chexpert_reconstruction"):

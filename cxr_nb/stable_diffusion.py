@@ -266,6 +266,7 @@ def check_steps(
     why = f"it has {most} timesteps" if steps > most else ""
     try: evaluations, latents = (0, torch.zeros(1)) if why else _rehearsed(pipeline, int(steps))
     except Exception as error: why = f"{type(error).__name__}: {' '.join(str(error).split())[:80]}"
+    if not why and evaluations < steps: why = f"it would take {evaluations} instead"
     if not why and not latents.isfinite().all(): why = f"of its {most} timesteps one comes twice"
     if why: raise ValueError(f"{name} cannot draw in {steps} steps ({why}); choose another number of steps")
     return evaluations

@@ -11,6 +11,7 @@ __all__ = ['ENCODERS', 'EXTRACTIONS', 'SIMILARITIES', 'EncoderSource', 'encoder_
 # %% ../nbs/24_text_encoder.ipynb #aeed2725
 import json
 import re
+import unicodedata
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -283,6 +284,8 @@ def _check_finite(embeddings, name):
         if len(bad): raise ValueError(f"text {int(bad[0])}: its {extraction} by {name} is not finite ({len(bad)} are not)")
 
 # %% ../nbs/24_text_encoder.ipynb #fa5ca7bc
+_BLANK = "\u115f\u1160\u2800\u3164\uffa0"  # letters and symbols to Unicode, nothing to the eye
+
 def embed(
     encoder: TextEncoder,  # as loaded
     texts: list[str],  # not empty
@@ -291,7 +294,7 @@ def embed(
     progress: bool = True,  # show a bar
 ) -> tuple[dict[str, torch.Tensor], int]:  # extraction -> (n, width) float32 on the CPU; texts cut at the model's length
     "Document embeddings by every extraction the encoder has (§2.4); raises ValueError for an empty text, one of no token, and NaN."
-    seen = lambda text: isinstance(text, str) and any(c.isprintable() and not c.isspace() for c in text)
+    seen = lambda text: isinstance(text, str) and any(unicodedata.category(c)[0] in "LNPS" and c not in _BLANK for c in text)
     empty = [i for i, text in enumerate(texts) if not seen(text)]  # also of characters without width
     if empty:
         raise ValueError(

@@ -274,3 +274,8 @@ def test_a_set_of_more_images_than_four_digits_count(tmp_path):
     assert len(found) == n and (found.path == [f"images/unet/v/no/{i:04}.png" for i in found.image]).all() and found.path.iloc[-1].endswith("/10000.png")
     (place / "0500.png").rename(place / "10001.png")
     with pytest.raises(ValueError, match=r"holds 10001 images, its record says 10001; draw them again \(0500.png, 10001.png\)"): generated_images(tmp_path, sets)
+
+
+def test_a_variant_keeps_its_name_beside_a_prompt_with_the_same_letters():
+    record = {"notebook": "26", "parameters": {"variants": ["object, lung"], "prompts": ["Object lung", "b"]}, "results": [{"folder": "images/textual_inversion/object_lung/b", "n": 1}]}
+    assert drawn_sets(record).iloc[0].tolist() == ["textual_inversion", "object, lung", "b", "images/textual_inversion/object_lung/b", 1]

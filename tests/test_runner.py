@@ -90,6 +90,8 @@ def test_words_and_numbers_are_what_papermill_takes_them_for(text):
 
 @pytest.mark.parametrize("text, message", [
     (GOOD + "  k: 5\n", "profile 'tiny': 'k' is there twice, in lines 2 and 5; keep one"),
+    (GOOD + "98_other: {1: 1, 1.0: 2}\n", "profile 'tiny': '1.0' is there twice, in lines 5 and 5; keep one"),
+    (GOOD + "98_other: {~: 1, null: 2}\n", "profile 'tiny': 'null' is there twice, in lines 5 and 5; keep one"),
     (GOOD + '  "k": 5\n', "profile 'tiny': 'k' is there twice, in lines 2 and 5; keep one"),
     (GOOD + "98_other: {a: 1, b: 2, a: 3}\n", "profile 'tiny': 'a' is there twice, in lines 5 and 5; keep one"),
     (GOOD + "98_other: {}\n" + GOOD, "profile 'tiny': '99_small' is there twice, in lines 1 and 6; keep one"),
@@ -273,6 +275,7 @@ def test_a_base_that_is_none_is_refused(project, monkeypatch, text, message):
     ({"21_datasets": {"folders": ["Mine=data/mine"], "few_shot_source": "Mine"}}, "23_autoencoder reads 'Phantoms' (sources), and 21_datasets names 'Mine'"),
     ({"27_unet_finetuning": {"variants": ["no findings and abnormality"]}}, "10_introduction reads 'no findings and abnormality, with prior' (shown_variant), and 27_unet_finetuning names"),
     ({"28_classification": {"judges": ["x/judge_c"]}}, "35_classification_results reads 'cxr_nb/miniature/classifiers/judge_a' (judge), and 28_classification names 'x/judge_c'"),
+    ({"28_classification": {"drawn_by": ["22_stable_diffusion", "29_nothing"]}}, "28_classification reads '29_nothing' (drawn_by), and the report names '22_stable_diffusion'"),
     ({"24_text_encoder": {"encoders": ["BERT=models/bert"]}}, "B_text_clusters reads 'Miniature CLIP' (figure_6), and 24_text_encoder names 'BERT'"),
     ({"22_stable_diffusion": {"prompts": ["A chest"]}}, "10_introduction reads 'A photo of a lung xray' (negative_prompt), and 22_stable_diffusion names 'A chest'"),
 ])

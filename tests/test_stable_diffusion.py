@@ -154,6 +154,14 @@ def test_a_number_of_steps_goes_where_diffusers_own_pipeline_draws_with_it(pipel
     assert 4 in goes
 
 
+def test_a_scheduler_that_takes_fewer_steps_than_asked_is_refused(pipeline, monkeypatch):
+    schedule = {k: v for k, v in pipeline.scheduler.config.items() if not k.startswith("_")}
+    monkeypatch.setattr(pipeline, "scheduler", diffusers.DPMSolverMultistepInverseScheduler.from_config(schedule))
+    most = pipeline.scheduler.config.num_train_timesteps
+    with pytest.raises(ValueError, match=f"cannot draw in {most} steps .it would take 1 instead.; choose another"): check_steps(pipeline, most)
+    assert check_steps(pipeline, 10) == 10
+
+
 def test_half_precision(folder):
     pipeline = load_pipeline(str(folder), dtype=torch.float16)
     assert {p.dtype for part in PARTS for p in getattr(pipeline, part).parameters()} == {torch.float16}
