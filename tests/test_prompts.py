@@ -44,16 +44,52 @@ BOTH = {
     "a pleural effusion instead of a pneumothorax": EFFUSION, "a pneumothorax instead of a pleural effusion": REFUSED, "clear of effusion": NONE,
     "non-effusion xray": NONE, "a lung with pleural effusions on both sides, not a fracture": EFFUSION, "devoid of pleural effusion": NONE,
     "pleural effusion has been excluded": NONE, "pleural effusion absent": NONE, "no pleural effusion or pneumothorax": NONE,
-    "no pneumothorax, with a pleural effusion": EFFUSION, "no pleural effusion, no pneumothorax, no consolidation": NONE,
+    "no pleural effusion, no pneumothorax, no consolidation": NONE,
     "a pneumothorax and a pleural effusion are absent": NONE, "clear lungs, no effusion": NONE, "there is no effusion": NONE,
     "no obvious or visible effusion": NONE, "pleural effusion? no": NONE, "the effusion has cleared": NONE, "the effusion was drained": REFUSED,
     "a lung xray with the effusion gone": NONE, "an xray never showing effusion": NONE, "Eine Lunge ohne Pleuraerguss": REFUSED,
     "all findings except pleural effusion": REFUSED, "an effusion on both sides": EFFUSION, "no sign of any abnormality": NONE,
 }
+# what a list of negations does not know: each word must be known, or the prompt asks
+BOTH |= {
+    **dict.fromkeys([
+        "no devices, visible pleural effusion", "no lines or tubes, visible pleural effusion", "no normal lung, pleural effusion",
+        "a lung xray with no tubes and a pleural effusion", "A photo of a lung xray without devices showing pleural effusion",
+        "man with no shirt and pleural effusion", "chest CT, not xray, of pleural effusion", "non-loculated pleural effusion",
+        "non loculated effusion", "no more than a small pleural effusion", "failed to show effusion", "fails to show an effusion",
+        "effusion is denied", "exclusion of effusion", "omit pleural effusion", "healthy lungs, avoid pleural effusion",
+        "sine effusion", "opposite of pleural effusion", "pleural effusion aint there", "hardly any effusion",
+        "scarcely any pleural effusion", "chylothorax", "a lung with fluid", "kein Erguss", "hemothorax", "Pleuraerguss",
+        "blunted costophrenic angles with meniscus sign", "no pneumothorax, large pleural effusion", "pleural effusoin",
+        "no effusion on the left and a large effusion on the right", "lung xray, no abnormality, left pleural effusion",
+        "The pleural spaces are clear",
+        # others of these kinds
+        "barely visible pleural effusion", "not a large pleural effusion", "no loculated effusion", "no photo, pleural effusion",
+        "a lung with no patient with effusion", "no absence of effusion", "pneumothorax absent effusion", "refute pleural effusion",
+        "sin derrame pleural", "wet lungs", "a photo of a dog", "invisible pleural effusion", "an effusion mimic",
+        "abnormalities except pleural effusion", "no effusion or healthy lungs", "effusion is not absent", "clear the pleural effusion",
+        "effusion 50", "no tubes that show effusion", "a not normal lung", "no pneumothorax and effusion or edema",
+    ], REFUSED),
+    **dict.fromkeys([
+        "pleural effusion (absent)", "pleural effusion (none)", "nonexistent pleural effusion", "negative pleural effusion",
+        "0 pleural effusion", "pleural effusions: 0", "pleural effusion = 0", "non-existent pleural effusion", "effusion [none]",
+        "a portable AP chest radiograph of an elderly woman", "an xray of lungs with tubes and lines", "no large left-sided pleural effusion",
+        "no lines, tubes or pleural effusion", "an effusion was not seen in this lung xray", "no devices", "missing pleural effusion",
+        "a lung xray with no visible or obvious pleural effusion", "PA view, normal lungs", "effusion and edema are not present",
+    ], NONE),
+    **dict.fromkeys([
+        "a lung with a loculated pleural effusion", "a large, left-sided pleural effusion without pneumothorax",
+        "frontal chest film of a 45 year old man with a small right effusion", "an xray with a pacemaker and a pleural effusion",
+        "a high resolution lung xray with pleural effusion", "a free flowing pleural effusion",
+    ], EFFUSION),
+}
 # a folder's name has lost what these hang on
 TEXT = {
     "No pneumothorax. Large pleural effusion.": EFFUSION, "no signs of pneumonia; a pleural effusion on the left": EFFUSION,
     "effusion (small)": EFFUSION, "Is there an effusion? None.": NONE,
+    "no pneumothorax, with a pleural effusion": EFFUSION, "ø effusion": REFUSED, "no\u200b effusion": REFUSED, "∅ effusion": REFUSED,
+    "pleural effusion?": REFUSED, "?pleural effusion": REFUSED, "Effusion, pneumothorax. None.": REFUSED, "(no) pleural effusion": REFUSED, "a cyst\nor an effusion": REFUSED,
+    "A photo of a <lung-xray>": NONE, "pleural effusion −": REFUSED, "Lungs clear.\nNo pleural effusion.": NONE,
 }
 
 
