@@ -626,10 +626,11 @@ def read_openi(
 
 # %% ../nbs/21_datasets.ipynb #947317d4
 _FILLERS = "\u115f\u1160\u3164\uffa0"  # letters to Unicode, blank to the eye
+_SELECTORS = re.compile("[\u034f\u180b-\u180d\u180f\ufe00-\ufe0f\U000e0100-\U000e01ef]")  # marks that choose a glyph
 
 def _visible(text):
-    "A text without control and format characters (zero-width blanks, soft hyphens, byte order marks); lines stay."
-    hidden = lambda c: c in _FILLERS or unicodedata.category(c) in ("Cc", "Cf")
+    "A text without control and format characters (zero-width blanks, soft hyphens) and selectors of glyphs; lines stay."
+    hidden = lambda c: c in _FILLERS or unicodedata.category(c) in ("Cc", "Cf") or _SELECTORS.match(c)
     return re.sub(r"[^\t\n -~]", lambda m: "" if hidden(m[0]) else m[0], "\n".join(text.splitlines()))
 
 # %% ../nbs/21_datasets.ipynb #62c7d61c
@@ -646,10 +647,10 @@ def _misspelt(word):
 _IMPRESSION = {word: _misspelt(word) for word in ("impression", "Impression", "IMPRESSION")}
 _HEADING = re.compile(
     rf"""
-    ^[ \t*]*(?i:(?:{_misspelt("findings")}\s*(?:and|&|/)\s*|final\s+)?{_IMPRESSION["impression"]}s?
-        (?:\s*(?:and|&|/)\s*\w+)?[ \t]*(?::|$))                                                    # Impression:
+    ^[ \t*]*(?i:(?:{_misspelt("findings")}\s*(?:and|&|/)\s*|(?:final|preliminary|overall)\s+)?
+        (?:{_IMPRESSION["impression"]}s?|{_misspelt("opinion")}|imp)(?:\s*(?:and|&|/)\s*\w+)?[ \t]*(?::|$))  # Impression:
     | ^[ \t]*(?:{_IMPRESSION["IMPRESSION"]}S?(?=\s)|{_IMPRESSION["Impression"]}s?(?=[ \t]+[A-Z0-9_(]))  # no colon, text
-    | (?<=[.:;!?\s]){_IMPRESSION["IMPRESSION"]}S?[ \t]*:                                           # in running text
+    | (?<=[.:;!?\s])(?:{_IMPRESSION["IMPRESSION"]}S?|OPINION|IMP)[ \t]*:                                        # in running text
     | (?<=[.;!?]\s)(?:{_IMPRESSION["Impression"]}s?[ \t]*:|{_IMPRESSION["IMPRESSION"]}S?(?=\s))    # after a sentence
     """,
     re.X | re.M,
@@ -663,7 +664,7 @@ _NEXT = re.compile(
         |(?:{_misspelt("comparison")}s?|reference|prior)(?:\s+(?:exams?|films?|study|studies))?|{_misspelt("technique")}
         |(?:type\s+of\s+)?{_misspelt("examination")}s?|exam|reason\s+for\s+(?:the\s+)?exam(?:ination)?|date
         |{_misspelt("recommendation")}s?(?:\(s\))?|{_misspelt("notification")}s?|{_misspelt("addendum")}
-        |(?:resident\s+)?wet\s*read|{_misspelt("attestation")}|{_misspelt("conclusion")}s?
+        |summary|pfi|(?:resident\s+)?wet\s*read|{_misspelt("attestation")}|{_misspelt("conclusion")}s?
         |provisional\s+findings\s+impression[ \t]*(?:\(pfi\))?)[ \t*]*:
     | ^[ \t*]*(?i:{_misspelt("addendum")})[ \t]*$
     | (?<=[.\s])(?:{_misspelt("FINDINGS")}|{_misspelt("INDICATION")}|{_misspelt("COMPARISON")}|{_misspelt("TECHNIQUE")}
@@ -671,16 +672,69 @@ _NEXT = re.compile(
     """,
     re.X | re.M,
 )
-_CONCLUSION = re.compile(rf"^[ \t*]*(?i:{_misspelt('conclusion')}s?)[ \t*]*(?::|$)", re.M)
+_CONCLUSION = re.compile(
+    rf"^[ \t*]*(?i:{_misspelt('conclusion')}s?[ \t*]*(?::|$)|summary[ \t*]*:(?![ \t]*\d[ \t]*[-–—]))", re.M
+)
 _DEIDENTIFIED = re.compile(r"_{2,}|\bX{3,}\b|\bx{4,}\b")
 
+# %% ../nbs/21_datasets.ipynb #cf8c78bd
+_LOOKALIKES = str.maketrans("0135|!$ІМРЕЅОΙΜΡΕΟΝ", "OIESIISIMPESOIMPEON")  # digits, Cyrillic and Greek letters
+_QUALIFIER = (
+    r"[(\[{](?i:\s|[\d/.,:;&-]|prelim(?:inary)?|final|provisional|draft|addend(?:um|ed)|amended|corrected|revised|updated"
+    r"|unsigned|signed|dictated|wet|read|report|version|by|attending|resident|radiologist|_{2,}|X{3,})+[)\]}]"
+)
+_MARKUP = re.compile(rf"<[^<>\n]{{1,40}}>|&\w+;|{_QUALIFIER}|[*_#=~`|•·>\"“”]+")
+
+# %% ../nbs/21_datasets.ipynb #81f1fd5b
+def _heading_text(text):
+    "What a heading says, in plain letters: no markup, bracketed qualifier, list number, accent or lookalike."
+    text = _MARKUP.sub(" ", unicodedata.normalize("NFKC", text)).strip(" \t-–—.;")
+    text = re.sub(r"^\(?\d{1,2}[.)]\s+", "", text)
+    text = "".join(c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
+    text = re.sub(r"\S*[^\W\d_]\S*", lambda m: m[0].translate(_LOOKALIKES), text)
+    squeezed = re.sub(r"[\W_]", "", text)
+    return squeezed if re.fullmatch(rf"(?i:{_IMPRESSION['impression']}s?)", squeezed) else " ".join(text.split())
+
+# %% ../nbs/21_datasets.ipynb #a1619efd
+_COLON = "[:：︰﹕꞉∶]"
+_BREAK = re.compile(rf"{_COLON}|\.(?=\s|$)|[;=>|–—]|,(?=\s)|[)\]}}](?=\s)|\s[-–—]+(?=\s)|$")
+
+# %% ../nbs/21_datasets.ipynb #1dd87f79
+def _plain_heading(piece, first):
+    "A piece of a line with the heading it begins with written plain; any other as it is."
+    for end in _BREAK.finditer(piece, 0, min(len(piece), 90)):
+        if end.start() == 90: break
+        title = _heading_text(piece[: end.end() if end[0] in (")", "]", "}") else end.start()])
+        colon = re.fullmatch(_COLON, end[0])
+        impression = re.fullmatch(rf"(?:{_IMPRESSION['IMPRESSION']}S?|{_IMPRESSION['Impression']}s?)", title)
+        bare = impression and (first and end[0] != "," or title.isupper()) or not end[0] and first and title != piece.strip()
+        if not (colon or bare and title[:1].isupper()): continue
+        if not (_HEADING.fullmatch(title + ":") or _NEXT.fullmatch(title + ":") or _CONCLUSION.fullmatch(title + ":")): continue
+        rest = re.sub(rf"^(?:\s*(?:</[^<>\n]{{1,40}}>|{_QUALIFIER}|[*_=~`]+|{_COLON}))+", " ", piece[end.end() :])
+        return f"{title}:{rest}"
+    return piece
+
+# %% ../nbs/21_datasets.ipynb #582a8d24
+def _plain_headings(report):
+    "A report with the headings that begin its lines and sentences written plain."
+    lines = [re.split(r"(?<=[.;!?])([ \t]+)", line) for line in report.split("\n")]
+    lines = [_joined_first(pieces) for pieces in lines]
+    return "\n".join("".join(_plain_heading(x, i == 0) for i, x in enumerate(pieces)) for pieces in lines)
+
+# %% ../nbs/21_datasets.ipynb #caff648c
+def _joined_first(pieces):
+    "Pieces of a line, where a list number that begins it stays with what it numbers."
+    return ["".join(pieces[:3]), *pieces[3:]] if re.fullmatch(r"\s*\(?\d{1,2}[.)]", pieces[0]) else pieces
+
 # %% ../nbs/21_datasets.ipynb #3bf1470b
+_LEAD = r"""(?:(?i:this|the|final|preliminary|above|report|document|study|exam|examination|interpretation|note|has|have
+    |was|were|is|been)\s+)*"""
 _SIGN_OFF = re.compile(
-    r"""
+    rf"""
     (?:^[ \t"“'*]*|(?<=[.;!?]\s)["“'*]*)(?:
-        (?i:(?:report\s+)?(?:electronically|digitally)\s+\w+ed\b|signed\s+electronically)
+        {_LEAD}(?i:(?:electronically|digitally)\s+\w+ed\b|signed\s+(?:electronically|digitally))
         | (?i:(?:dictated|transcribed|typed)(?:\s+(?:and|&|/)\s+(?:\w+\s+)?\w+ed)?(?:\s+(?:by|on|date)\b|[ \t]*:))
-        | (?:Signed|SIGNED)(?:[ \t]*(?:$|:)|\s+(?i:by|on|date)\b|[ \t,]+(?:\d|_{2,}|X{3,}|(?i:drs?\b)))
+        | (?:Signed|SIGNED)(?:[ \t]*(?:$|:)|\s+(?i:by|on|date)\b|[ \t,]+(?:\d|_{{2,}}|X{{3,}}|(?i:drs?\b)))
         | (?i:(?:reviewed|read|interpreted|approved|verified|authenticated|finali[sz]ed|edited|prepared)
             (?:\s+(?:and|&|/)\s+(?:\w+\s+)?\w+ed)?\s+by[ \t]*:)
         | (?i:(?:reviewed|read|dictated)\s+(?:and|&)\s+(?:electronically\s+)?signed\b)
@@ -691,10 +745,10 @@ _SIGN_OFF = re.compile(
         | (?i:job\s*(?:number|id|\#)|accession\s+(?:number|no)|end\s+of\s+(?:impression|report)\b
             |summary[ \t]*:[ \t]*\d)
         | (?i:(?:physician[ -]to[ -]physician\s+)?(?:radiology\s+)?consult(?:ation)?\s+line\b))
-    | (?<=\s)(?:(?:ELECTRONICALLY|Electronically)\s+(?:SIGNED|[Ss]igned)
+    | (?<=\s)(?:{_LEAD}(?i:electronically\s+signed)
         |(?:DICTATED|Dictated|TRANSCRIBED|Transcribed)\s+(?:BY|[Bb]y)\b
         |["“']?Physician[ -]to[ -]Physician\b)
-    | (?<!\S)[DT]{1,2}[ \t]*:[ \t]*(?:\d{1,4}[/.-]\d|_{2,}|X{3,})                     # D: 1/2/2003 T: 1/2/2003
+    | (?<!\S)[DT]{{1,2}}[ \t]*:[ \t]*(?:\d{{1,4}}[/.-]\d|_{{2,}}|X{{3,}})                     # D: 1/2/2003 T: 1/2/2003
     """,
     re.X | re.M,
 )
@@ -705,7 +759,7 @@ _REACHING = frozenset(
     contacted conversation conveyed d/w dictated discuss discussed e-mail e-mailed email emailed entered fax faxed
     inform informed interpreted message messaged notification notified notify page paged phone phoned posted
     question questions read receipt relayed reported reviewed sent signed telephone telephoned text texted told
-    transcribed verified""".split()
+    transcribed verified attest attested concur concurs reach""".split()
 )
 _REACHED = frozenset(
     """attending clinician clinicians dashboard department doctor dr drs e-mail email fax fellow i nurse pager
@@ -714,20 +768,21 @@ _REACHED = frozenset(
 )
 _BESIDE = frozenset(
     """a a.m about above accepted aforementioned after all also am an and any approximately april are around as
-    assistant at august back been before being between both by care case clinic communications covering critical
-    date day december direct directly discovery documented during ed emergency employed er exam examination
-    february final finding findings following for from further had has have he her him his hour hours hr hrs icu if
+    assistant at august back been before being between both by care case clarification clinic concern concerns communications covering critical
+    date day december direct directly discovery documented during ed edited emergency employed er exam examination
+    february final finding findings following for films from further had has have he her him his hour hours hr hrs icu if
     image images immediately important impression in initial interpretation into is it its january july june like
     m.d made make may md me micu min mins minute minutes morning mr mrs ms my november np observation observations
     october of office on one or order ordering our over p.m pa personally please pm preliminary prior promptly
     provided read-back receiving recommendation recommendations referring regarding report reports requesting
-    responsible result results rn room same september she shortly staff stated study system that the their them
+    responsible result results rn room same september she shortly staff stated studies study supervised system teaching trainee that the their them
     then there these they this those through time to today until urgent us via was we were wet when which who will
     with within would your""".split()
 )
 _LISTED = _REACHING | _REACHED | _BESIDE
 
 # %% ../nbs/21_datasets.ipynb #e0bade1d
+_ITEM = r"(?:\(?\d{1,2}[.)]|[-*•])[ \t]+"  # what begins an item of a list
 _NAME = re.compile(
     rf"""(?:\b(?i:drs?|doctor|mr|mrs|ms)\b\.?\s+(?:[A-Z]\.\s*)*[A-Z][\w'’-]+(?:\ [A-Z][a-z'’-]+)?
         |\b(?i:(?:{"|".join(sorted(_REACHING))})\s+(?:by|with|to)
@@ -735,18 +790,78 @@ _NAME = re.compile(
         \s+[A-Z][a-z'’-]+\ (?:[A-Z]\.\ )?[A-Z][a-z'’-]+)""",
     re.X,
 )
+_LINE = re.compile(
+    r"""\b(?i:(?:consult(?:ation)?|phone|telephone|help|hot|direct)\s*line|reading\s+room|(?:phone|contact)\s+number
+    |extension|desk)\b""",
+    re.X,
+)
 _NUMBER = r"[\d:/.,()#+-]*\d(?:[ap]\.?m|hrs?|h|mins?|st|nd|rd|th)?|(?:_{2,}|x{3,})(?:['’]s|[ap]m|hrs?)?"
 
 def _is_notification(sentence):
     "Whether a sentence says who was reached and nothing else: every word is on the lists, a number, or part of a name."
-    words = [re.sub(r"^\W+|\W+$", "", word).lower() for word in _NAME.sub("discussed dr ___", sentence).split()]
+    sentence = _LINE.sub("phone", _NAME.sub("discussed dr ___", sentence))
+    words = [re.sub(r"^\W+|(?:\(s\)|['’]s)?\W*$", "", word).lower() for word in sentence.split()]
     if _REACHING.isdisjoint(words): return False
     words = [part for word in words for part in ([word] if word in _REACHING else word.split("/")) if part]
-    reached = any(word in _REACHED or re.fullmatch(r"_{2,}|x{3,}|\d+:\d\d", word) for word in words)
+    reached = any(word in _REACHED or re.fullmatch(r"_{2,}|x{3,}|\d+:\d\d|[\d().-]*\d{3}-\d{4}", word) for word in words)
     return reached and all(word in _LISTED or re.fullmatch(_NUMBER, word) for word in words)
 
+# %% ../nbs/21_datasets.ipynb #0d7e756f
+_SIGNED = """signed dictated transcribed approved authenticated interpreted finalized finalised released verified
+    reviewed"""
+_SIGNING = "|".join(map(_misspelt, _SIGNED.split()))
+_VERB = rf"(?i:(?:electronically|digitally|e)?[\s-]*(?:{_SIGNING}|typed|edited|prepared|attested|read))"
+_NO_NAME = r"""(?i:ct|cta|mri?|us|pet|fda|x-?rays?|ultra\w+|echo\w*|lateral|frontal|ap|views?|chest|lungs?|bronch\w+|biops\w+
+    |comparison|prior|exam\w*|stud\w+|images?|imaging|radiograph\w*|films?|left|right|upper|lower|bilateral|no|not|new|old|stable
+    |catheters?|lines?|tubes?|ports?|devices?|pacemakers?|stents?|valves?|leads?|clips?|collapse|hospital|outside|[rl][mlu]l
+    |mass\w*|nodul\w*|opacit\w*|fractur\w*|hernia\w*|removed|placed|normal|acute|chronic|small|large|mild|\w*(?:itis|osis|emia|pathy|ectasis|thorax|onia|edema|effusions?|oma|gram|graphy|scopy))\b"""
+_TITLE = r"""(?i:drs?|prof|professor|mr|mrs|ms|m\.?d|d\.?o|ph\.?d|r\.?n|n\.?p|p\.?a(?:-?c)?|mbbs|frcr|facr|jr|sr
+    |attending|resident|fellow|staff|radiology|radiologist|physician|department|of|the|and|on|at|[ap]\.?m|hours|date
+    |time)\b\.?"""
+_PERSON = rf"""(?:(?:{_TITLE}|(?!{_NO_NAME})[A-Z][\w.'’-]*|(?:de|la|van|von|der)\b|[b-hj-z]\.?\ (?!{_NO_NAME})[a-z]+
+    |[\d/:.-]*\d[\d/:.-]*|_{{2,}}|X{{3,}})(?![\w.'’-])[\s,;:/&()-]*)"""
+
+# %% ../nbs/21_datasets.ipynb #235d7d2c
+_CLERK = re.compile(
+    rf"""(?:(?:{_LEAD}{_VERB}(?:\s*(?:and|&|/|,)\s*{_LEAD}{_VERB})*\s*(?:(?:(?i:on|at)\s+)?[\d/:.-]*\d[\d/:.-]*\s+){{0,4}}
+        (?:(?i:by)\b\s*[:-]?|:|-\s)\s*{_PERSON}{{0,12}})+
+    |(?i:(?:report\s+)?status\s*:\s*(?:final|preliminary|signed|unsigned)(?:\s+report)?)
+    |/s/\s*{_PERSON}{{0,8}}
+    |(?i:cc)\s*:\s*{_PERSON}{{0,12}}
+    |(?i:transcriptionist|transcriber|typist|dictator|workstation(?:\s+id)?|contact)\s*[:#-]+\s*(?:{_PERSON}|[\w-]*\d[\w-]*\s*){{0,6}}
+    |(?i:tel|telephone|phone|pager|beeper|fax|ext|extension|mobile|contact|(?:contact|call-?back|phone|pager)\s+(?:number|no\.?|\#))
+        \.?\s*[:#-]?\s*(?:[\d().\s+x/-]*\d{{3}}[\d().\s+x/-]*|_{{2,}}|X{{3,}}))""",
+    re.X,
+)
+
+# %% ../nbs/21_datasets.ipynb #be7c7253
+_SIGNATURE = re.compile(
+    rf"""(?:(?i:drs?)\b\.?\s+{_PERSON}{{1,5}}
+    |(?!{_TITLE}){_PERSON}{{1,4}}?(?:M\.?D|(?<=,\s)D\.?O|Ph\.?D|MBBS|FRCR)\b\.?[\s,]*{_PERSON}{{0,8}})""",
+    re.X,
+)
+
+# %% ../nbs/21_datasets.ipynb #9a8dcc86
+_SOFTWARE = frozenset(
+    """contain contains created dictation dragon error errors excuse generated grammatical inadvertent may occur part parts
+    phonetic portions powerscribe produced recognition software sound-alike speech syntax technology transcription
+    transcriptional typographical use used using utilized utilizing voice""".split()
+)
+
+# %% ../nbs/21_datasets.ipynb #ab5d880a
+def _is_sign_off(text):
+    "Whether a text says who signed, dictated or can be called, or what software took the dictation, and nothing else."
+    text = re.sub(rf"^\s*(?:{_ITEM})?[\s\"“'*(]*|[\s\"”'*).]*$", "", text)
+    words = [re.sub(r"^\W+|\W+$", "", word).lower() for word in text.split()]
+    spoken = not {"recognition", "dictation", "transcription", "typographical", "powerscribe"}.isdisjoint(words)
+    return bool(_CLERK.fullmatch(text)) or spoken and all(w in _LISTED or w in _SOFTWARE or not w for w in words)
+
+# %% ../nbs/21_datasets.ipynb #03320fa0
+def _is_signature(text):
+    "Whether a text is the name of a doctor and nothing else."
+    return bool(_SIGNATURE.fullmatch(text.strip(" \t\n\"*")))
+
 # %% ../nbs/21_datasets.ipynb #3e7781d8
-_ITEM = r"(?:\(?\d{1,2}[.)]|[-*•])[ \t]+"  # what begins an item of a list
 _SENTENCE = re.compile(
     rf"""\s*(?:{_ITEM})?
     (?:(?i:\b(?:drs?|mr|mrs|ms)\.)|(?i:\b[ap]\.m\.(?=\s+(?:[a-z_(]|\d+[^\d.)])))|\b[A-Z]\.(?=\s)
@@ -756,23 +871,35 @@ _SENTENCE = re.compile(
 )
 _CLAUSE = re.compile(r"[,;:]\s+|\s+[-–—]+\s+|\s+(?=\()|\n(?=[ \t]*[A-Z])")
 
-def _without_notifications(section):
-    "A section without its sentences, and last clauses of sentences, that only say who was reached."
+_OPEN_ENDED = re.compile(r"(?i:\b(?:with|by|to|of|per|from|and|the|drs?|for)\b\.?|,)\s*$")  # more is to come
+
+def _without_closing_lines(section):
+    "A section without the lines that are a sign-off or a signature; a name that ends a sentence stays."
     kept = []
-    for sentence in (m[0] for m in _SENTENCE.finditer(section)):
+    for line in section.split("\n"):
+        before = next((x for x in reversed(kept) if x.strip()), "")
+        if not (_is_sign_off(line) or _is_signature(line)) or _OPEN_ENDED.search(before): kept.append(line)
+    return "\n".join(kept)
+
+def _without_notifications(section):
+    "A section without its lines, sentences, and last clauses of sentences, that only say who was reached or signed."
+    kept, closing = [], lambda text: _is_notification(text) or _is_sign_off(text)
+    for sentence in (m[0] for m in _SENTENCE.finditer(_without_closing_lines(section))):
         text = re.sub(rf"^\s*{_ITEM}", "", sentence)
-        if _is_notification(text): continue
-        clause = next((m for m in _CLAUSE.finditer(text) if _is_notification(text[m.end() :])), None)
+        if closing(text) or _is_signature(text): continue
+        ends = (m for m in _CLAUSE.finditer(text) if closing(text[m.end() :]) and not _OPEN_ENDED.search(text[: m.start()]))
+        clause = next(ends, None)
         tail = text[clause.start() :] if clause else ""
         kept.append(sentence.removesuffix(tail) + ("." if tail.rstrip().endswith(".") else ""))
     return "\n".join(kept)
 
 # %% ../nbs/21_datasets.ipynb #e558c981
 def _one_line(section):
-    "A section without notifications, de-identified spans, line breaks and leading marks; None where nothing is left."
+    "A section without notifications, de-identified spans, line breaks and leading marks; None where no word is left."
     text = " ".join(_DEIDENTIFIED.sub(" ", _without_notifications(section)).split())
     text = re.sub(r"\s+([.,;:)])(?!\d)", r"\1", text).lstrip(" :.,;*-–—")
-    return text if re.search(r"[^\W_]", text) else None
+    words = re.sub(r"(?<!\S)\(?(?:\d{1,2}[.)]?|[A-Za-z][.)])(?!\S)", "", text)  # without the numbers of a list
+    return text if re.search(r"[^\W_]", words) else None
 
 # %% ../nbs/21_datasets.ipynb #df960a78
 def impression_section(
@@ -783,7 +910,7 @@ def impression_section(
     Without de-identified spans, characters that show nothing, and sentences
     that only say who signed or was told.
     """
-    report = _visible(report)
+    report = _plain_headings(_visible(report))
     return _last_section(report, _HEADING) or _last_section(report, _CONCLUSION)
 
 

@@ -161,6 +161,38 @@ def test_a_slip_in_the_next_heading_ends_the_impression(heading):
     assert impression_section(f"IMPRESSION: Edema.\n\n {heading}: Clear lungs.") == "Edema."
 
 
+DRESSED = ["**IMPRESSION**: ", "IMPRESSION-: ", "IMPRESSION\uff1a", "IMPRESSION. ", "<b>IMPRESSION:</b> ", "1MPRESSION: ", "IMPRESS1ON: ", "1MPRESS10N: ", "I M P R E S S I O N: ", "IMP: ",
+           "OPINION: ", "IMPRESSION (PRELIMINARY): ", "IMPRESSION (final): ", "IMPRESSION [FINAL]\n", "IMPRESSION: (PRELIMINARY) ", "IMPRES\ufe0fSION: ", "IMPRES\u034fSION: ", "IMPRES\u0301SION: ",
+           "== IMPRESSION ==\n", "***IMPRESSION***\n", "3. IMPRESSION: ", "__IMPRESSION:__ ", "[IMPRESSION]: ", "IMPRESSION; ", "IMPRESSION = ", "IMPRESSION> ", "IMPRESSION\u2014", "IMPRESSION (prelim) ",
+           "\uff29\uff2d\uff30\uff32\uff25\uff33\uff33\uff29\uff2f\uff2e\uff1a", "\u0406MPRESSION: "]
+
+
+@pytest.mark.parametrize("heading", DRESSED)
+def test_a_dressed_up_heading_is_seen_and_no_part_of_it_stays(heading):
+    for before in ("FINDINGS: Heart normal.\n", "FINDINGS: Heart normal. ", ""):
+        assert impression_section(f"{before}{heading}Small left effusion.") == "Small left effusion."
+
+
+@pytest.mark.parametrize("heading", ["## Impression\n", "<h2>Impression</h2>\n", "SUMMARY: ", "Opinion: ", "Preliminary impression: "])
+def test_a_heading_on_a_line_of_its_own(heading):
+    assert impression_section(f"FINDINGS: Heart normal.\n{heading}Small left effusion.") == "Small left effusion."
+
+
+@pytest.mark.parametrize("heading", ["**RECOMMENDATION**:", "<b>FINDINGS:</b>", "F1NDINGS:", "FINDINGS (FINAL):", "F I N D I N G S:", "COMPARISON\uff1a", "**ADDENDUM**", "PFI:", "FIND\u0301INGS:"])
+def test_a_dressed_up_next_heading_ends_the_impression(heading):
+    assert impression_section(f"IMPRESSION: Edema.\n{heading} Clear lungs.") == "Edema." or heading == "**ADDENDUM**"
+    assert impression_section(f"IMPRESSION: Edema.\n{heading}\nClear lungs.") == "Edema."
+
+
+@pytest.mark.parametrize("text", ["1.", "1.\n", "1", "(1)", "1. 2.", "a)", "- 1."])
+def test_the_number_of_a_list_alone_is_no_impression(text):
+    assert impression_section(f"IMPRESSION: {text}") is None
+
+
+def test_a_summary_is_a_conclusion_and_a_code_is_not():
+    assert impression_section("SUMMARY: 2 - ABNORMAL") is None and impression_section("SUMMARY: Old.\nIMPRESSION: New.") == "New."
+
+
 SIGNED_OFF = [
     "DICTATED BY: DR. A", "Dictated by Dr. A. Jones on 1/2/2003", "Dictated and signed by: A", "Signed", "Signed: Jane Doe, MD", "SIGNED BY: ___", "Signed 1/2/2003", "Transcribed by: AB",
     "Electronically signed by: Jane Doe, MD 01/02/2003 10:15", "ELECTRONICALLY SIGNED BY JANE DOE", "Transcribed: 1/2/2003", "Reviewed by: Jane Doe", "Reviewed by Dr. ___", "Reviewed by Jane Doe, MD",
@@ -175,6 +207,30 @@ NOTIFIED = [
     "Findings discussed with\n Dr. ___ by\n phone.", "The referring physician has been notified.", "Wet read called to the ED by Dr. ___ at 3 am.", "Results discussed with John Smith, PA, by phone.",
     "If there are any questions regarding this interpretation, please call ___.", "Critical result notification documented through Primordial.", "Findings were reported to the nurse practitioner, ___, at 7:45 p.m.",
 ]
+
+
+CLOSINGS = [
+    "For questions call the radiology consult line at 555-1234.", "Please call 555-1234 with questions.", "This report has been electronically signed by J Smith", "Final report electronically signed by Dr J Smith",
+    "THIS DOCUMENT HAS BEEN ELECTRONICALLY SIGNED BY J SMITH", "E-signed by J Smith", "e-Signed by: J Smith", "Esigned by J Smith", "/s/ John Smith MD", "John Smith, M.D.", "JOHN SMITH MD", "Dr. J. Smith", "Jane Doe MD PhD",
+    "Authenticated by J Smith", "Approved by J Smith", "APPROVED BY: JOHN SMITH, MD", "approved by j smith, md", "Interpreted by J Smith MD", "Released by: J Smith", "Report finalized by Dr. Smith 1/2/2003",
+    "Finalized on 1/2/2003 by J Smith", "The report was verified by John Smith, MD on 1/2/2003 at 10:15 AM", "Report dictated by J. Smith and signed by K. Jones", "Dicatated by: Dr. Smith", "Dictated - J Smith",
+    "cc: Dr Smith", "CC: Drs. Smith and Jones", "Transcriptionist- AB", "Tel: 555-1234", "Phone: (650) 555-1234", "Contact number: 555-1234", "Callback number 555-1234", "Pager 12345", "Workstation: ABC123",
+    "Report status: Final", "Voice recognition software was used.", "Dictated using speech recognition software.", "This report was generated using voice recognition software and may contain errors.",
+    "If you have any questions, please contact the reading room at 555-1234.", "I have personally reviewed the image(s) and the resident's interpretation and agree with the findings.",
+    "As the attending radiologist, I have reviewed the images and edited the report.", "I, the attending physician, have reviewed the images and agree with the report.",
+]
+
+
+@pytest.mark.parametrize("closing", CLOSINGS)
+def test_a_sign_off_without_a_mark_is_no_impression(closing):
+    for before in ("\n", "\n\n", " "):
+        assert impression_section(f"IMPRESSION: Small left effusion. No pneumothorax.{before}{closing}") == "Small left effusion. No pneumothorax."
+    assert impression_section(f"IMPRESSION: Small left effusion\n{closing}").rstrip(".") == "Small left effusion"
+    assert impression_section(f"IMPRESSION: {closing}") is None
+
+
+def test_lines_of_names_that_end_a_sentence_stay():
+    assert impression_section("IMPRESSION: Catheter placed per\nDr. Smith.") == "Catheter placed per Dr. Smith."
 
 
 @pytest.mark.parametrize("closing", [*SIGNED_OFF, *NOTIFIED])
@@ -196,6 +252,10 @@ def test_findings_around_a_notification_stay(closing):
     "Reviewed by comparison with CT, the nodule is stable.", "Opacity reported previously.", "T12 compression fracture.", "T: tube in place.", "D: dilated loops.", "Findings worrisome for edema as discussed above.",
     "The tube was advanced after discussion with Dr. Smith.", "Recommend discussion with Dr. Smith regarding biopsy.", "Interpreted as edema.", "Read as normal before.", "Left effusion reported by Dr. Smith.",
     "The line was called to the attention of Dr. Smith.", "Not discussed with Dr. Smith.", "Signed difference between both lungs.", "Findings with Dr. Smith: effusion, discussed by phone, is new.",
+    "Approved device in place.", "Interpreted as atelectasis by the referring physician.", "Findings were called a pneumothorax.", "3 cc of fluid.", "Effusion of 300 cc: stable.", "CC: chest pain.", "Verified by CT.",
+    "VERIFIED BY LATERAL VIEW.", "Released by bronchoscopy.", "Read by outside hospital as edema.", "INTERPRETED BY OUTSIDE HOSPITAL AS PNEUMONIA.", "Interpreted by Dr. Smith as edema.", "Approved: Hickman Catheter.",
+    "Approved by Dr. Smith for removal of the line.", "Verified: Pneumothorax.", "Read by RUL Collapse.", "Contact with the chest wall.", "Pager overlies the chest.", "Overlying pager.", "MD Anderson port in place.",
+    "Mass, MD to follow.", "Transcription error excluded, effusion is real.", "DO NOT ADVANCE THE TUBE.", "Workstation artifact.", "Left Lung Collapse.", "Impression of the rib on the lung.", "My impression. Clear.",
 ])
 def test_clinical_text_stays(text):
     assert impression_section(f"IMPRESSION: Edema.\n{text}\n") == f"Edema. {text}"
