@@ -692,6 +692,7 @@ def _heading_text(text):
     text = re.sub(r"^\(?\d{1,2}[.)]\s+", "", text)
     text = "".join(c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
     text = re.sub(r"\S*[^\W\d_]\S*", lambda m: m[0].translate(_LOOKALIKES), text)
+    text = re.sub(r"(?<!\S)(?:\w[ .]){2,}\w(?!\S)", lambda m: re.sub(r"[ .]", "", m[0]), text)  # letters spaced out
     squeezed = re.sub(r"[\W_]", "", text)
     return squeezed if re.fullmatch(rf"(?i:{_IMPRESSION['impression']}s?)", squeezed) else " ".join(text.split())
 
@@ -755,28 +756,29 @@ _SIGN_OFF = re.compile(
 
 # %% ../nbs/21_datasets.ipynb #64057538
 _REACHING = frozenset(
-    """acknowledged agree agreed alerted aware call called communicate communicated communication consult contact
-    contacted conversation conveyed d/w dictated discuss discussed e-mail e-mailed email emailed entered fax faxed
-    inform informed interpreted message messaged notification notified notify page paged phone phoned posted
-    question questions read receipt relayed reported reviewed sent signed telephone telephoned text texted told
-    transcribed verified attest attested concur concurs reach""".split()
+    """acknowledged agree agreed alerted aware call called communicate communicated communication consult
+    contact contacted conversation conveyed d/w dictated discuss discussed e-mail e-mailed email emailed entered
+    fax faxed inform informed interpreted message messaged notification notified notify page paged phone phoned
+    posted question questions read receipt relayed reported reviewed sent signed telephone telephoned text
+    texted told transcribed verified attest attested concur concurs reach""".split()
 )
 _REACHED = frozenset(
     """attending clinician clinicians dashboard department doctor dr drs e-mail email fax fellow i nurse pager
-    person phone physician physicians practitioner primordial provider providers radiologist radiologists radiology
-    resident residents surgeon team telephone telephoned verbally veriphy voicemail you""".split()
+    person phone physician physicians practitioner primordial provider providers radiologist radiologists
+    radiology resident residents surgeon team telephone telephoned verbally veriphy voicemail you""".split()
 )
 _BESIDE = frozenset(
     """a a.m about above accepted aforementioned after all also am an and any approximately april are around as
-    assistant at august back been before being between both by care case clarification clinic concern concerns communications covering critical
-    date day december direct directly discovery documented during ed edited emergency employed er exam examination
-    february final finding findings following for films from further had has have he her him his hour hours hr hrs icu if
-    image images immediately important impression in initial interpretation into is it its january july june like
-    m.d made make may md me micu min mins minute minutes morning mr mrs ms my november np observation observations
-    october of office on one or order ordering our over p.m pa personally please pm preliminary prior promptly
-    provided read-back receiving recommendation recommendations referring regarding report reports requesting
-    responsible result results rn room same september she shortly staff stated studies study supervised system teaching trainee that the their them
-    then there these they this those through time to today until urgent us via was we were wet when which who will
+    assistant at august back been before being between both by care case clarification clinic concern concerns
+    communications covering critical date day december direct directly discovery documented during ed edited
+    emergency employed er exam examination february final finding findings following for films from further had
+    has have he her him his hour hours hr hrs icu if image images immediately important impression in initial
+    interpretation into is it its january july june like m.d made make may md me micu min mins minute minutes
+    morning mr mrs ms my november np observation observations october of office on one or order ordering our
+    over p.m pa personally please pm preliminary prior promptly provided read-back receiving recommendation
+    recommendations referring regarding report reports requesting responsible result results rn room same
+    september she shortly staff stated studies study supervised system teaching trainee that the their them then
+    there these they this those through time to today until urgent us via was we were wet when which who will
     with within would your""".split()
 )
 _LISTED = _REACHING | _REACHED | _BESIDE
@@ -808,13 +810,14 @@ def _is_notification(sentence):
 
 # %% ../nbs/21_datasets.ipynb #0d7e756f
 _SIGNED = """signed dictated transcribed approved authenticated interpreted finalized finalised released verified
-    reviewed"""
+    reviewed reported confirmed"""
 _SIGNING = "|".join(map(_misspelt, _SIGNED.split()))
 _VERB = rf"(?i:(?:electronically|digitally|e)?[\s-]*(?:{_SIGNING}|typed|edited|prepared|attested|read))"
 _NO_NAME = r"""(?i:ct|cta|mri?|us|pet|fda|x-?rays?|ultra\w+|echo\w*|lateral|frontal|ap|views?|chest|lungs?|bronch\w+|biops\w+
     |comparison|prior|exam\w*|stud\w+|images?|imaging|radiograph\w*|films?|left|right|upper|lower|bilateral|no|not|new|old|stable
     |catheters?|lines?|tubes?|ports?|devices?|pacemakers?|stents?|valves?|leads?|clips?|collapse|hospital|outside|[rl][mlu]l
-    |mass\w*|nodul\w*|opacit\w*|fractur\w*|hernia\w*|removed|placed|normal|acute|chronic|small|large|mild|\w*(?:itis|osis|emia|pathy|ectasis|thorax|onia|edema|effusions?|oma|gram|graphy|scopy))\b"""
+    |mass\w*|nodul\w*|opacit\w*|fractur\w*|hernia\w*|removed|placed|normal|acute|chronic|small|large|mild
+    |\w*(?:itis|osis|emia|pathy|ectasis|thorax|onia|edema|effusions?|oma|gram|graphy|scopy))\b"""
 _TITLE = r"""(?i:drs?|prof|professor|mr|mrs|ms|m\.?d|d\.?o|ph\.?d|r\.?n|n\.?p|p\.?a(?:-?c)?|mbbs|frcr|facr|jr|sr
     |attending|resident|fellow|staff|radiology|radiologist|physician|department|of|the|and|on|at|[ap]\.?m|hours|date
     |time)\b\.?"""
@@ -823,12 +826,16 @@ _PERSON = rf"""(?:(?:{_TITLE}|(?!{_NO_NAME})[A-Z][\w.'’-]*|(?:de|la|van|von|de
 
 # %% ../nbs/21_datasets.ipynb #235d7d2c
 _CLERK = re.compile(
-    rf"""(?:(?:{_LEAD}{_VERB}(?:\s*(?:and|&|/|,)\s*{_LEAD}{_VERB})*\s*(?:(?:(?i:on|at)\s+)?[\d/:.-]*\d[\d/:.-]*\s+){{0,4}}
+    rf"""(?:(?:{_LEAD}{_VERB}(?:\s*(?:and|&|/|,)\s*{_LEAD}{_VERB})*\s*(?i:electronically\s+)?(?:(?:(?i:on|at)\s+)?[\d/:.-]*\d[\d/:.-]*\s+){{0,4}}
         (?:(?i:by)\b\s*[:-]?|:|-\s)\s*{_PERSON}{{0,12}})+
     |(?i:(?:report\s+)?status\s*:\s*(?:final|preliminary|signed|unsigned)(?:\s+report)?)
     |/s/\s*{_PERSON}{{0,8}}
-    |(?i:cc)\s*:\s*{_PERSON}{{0,12}}
-    |(?i:transcriptionist|transcriber|typist|dictator|workstation(?:\s+id)?|contact)\s*[:#-]+\s*(?:{_PERSON}|[\w-]*\d[\w-]*\s*){{0,6}}
+    |(?i:cc|copy\s+to|copies\s+to)\s*:\s*(?:{_PERSON}{{0,12}}|(?i:the\s+|referring\s+|primary\s+care\s*|physician|pcp|clinic)+)
+    |(?i:(?:electronic\s+)?signature)(?:\s*[:-]\s*{_PERSON}{{0,12}}|(?i:\s+on\s+file))
+    |(?i:(?:attending|signing|reading|interpreting|staff)\s+)?(?i:radiologist|resident)\s*-?\s+{_PERSON}{{1,8}}
+    |(?i:(?:this\s+is\s+(?:a|the)\s+)?(?:final|preliminary)\s+report|(?:any\s+)?questions|attestation|attending['’]s)
+    |(?i:thank\s+you(?:\s+(?:for|very|much|this|the|your|kind|referral|referring|consult|consultation|patient|us|to|allowing))*)
+    |(?i:transcriptionist|transcriber|typist|dictator|(?:dictation\s+)?workstation(?:\s+id)?|ws|contact)\s*[:#-]+\s*(?:{_PERSON}|[\w-]*\d[\w-]*\s*){{0,6}}
     |(?i:tel|telephone|phone|pager|beeper|fax|ext|extension|mobile|contact|(?:contact|call-?back|phone|pager)\s+(?:number|no\.?|\#))
         \.?\s*[:#-]?\s*(?:[\d().\s+x/-]*\d{{3}}[\d().\s+x/-]*|_{{2,}}|X{{3,}}))""",
     re.X,
@@ -837,7 +844,7 @@ _CLERK = re.compile(
 # %% ../nbs/21_datasets.ipynb #be7c7253
 _SIGNATURE = re.compile(
     rf"""(?:(?i:drs?)\b\.?\s+{_PERSON}{{1,5}}
-    |(?!{_TITLE}){_PERSON}{{1,4}}?(?:M\.?D|(?<=,\s)D\.?O|Ph\.?D|MBBS|FRCR)\b\.?[\s,]*{_PERSON}{{0,8}})""",
+    |(?!{_TITLE}){_PERSON}{{1,4}}?(?:M\.?D|(?<=,\s)D\.?O|Ph\.?D|MBBS|FRCR|(?<=,\s)(?:Attending\s+|Staff\s+)?Radiologist)\b\.?[\s,]*{_PERSON}{{0,8}})""",
     re.X,
 )
 
@@ -851,7 +858,7 @@ _SOFTWARE = frozenset(
 # %% ../nbs/21_datasets.ipynb #ab5d880a
 def _is_sign_off(text):
     "Whether a text says who signed, dictated or can be called, or what software took the dictation, and nothing else."
-    text = re.sub(rf"^\s*(?:{_ITEM})?[\s\"“'*(]*|[\s\"”'*).]*$", "", text)
+    text = re.sub(rf"^\s*(?:{_ITEM})?[\s\"“'*(]*|[\s\"”'*).?]*$", "", text)
     words = [re.sub(r"^\W+|\W+$", "", word).lower() for word in text.split()]
     spoken = not {"recognition", "dictation", "transcription", "typographical", "powerscribe"}.isdisjoint(words)
     return bool(_CLERK.fullmatch(text)) or spoken and all(w in _LISTED or w in _SOFTWARE or not w for w in words)
@@ -859,7 +866,7 @@ def _is_sign_off(text):
 # %% ../nbs/21_datasets.ipynb #03320fa0
 def _is_signature(text):
     "Whether a text is the name of a doctor and nothing else."
-    return bool(_SIGNATURE.fullmatch(text.strip(" \t\n\"*")))
+    return bool(_SIGNATURE.fullmatch(text.strip(" \t\n\"*-–—")))
 
 # %% ../nbs/21_datasets.ipynb #3e7781d8
 _SENTENCE = re.compile(

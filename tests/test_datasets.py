@@ -180,7 +180,7 @@ def test_a_heading_on_a_line_of_its_own(heading):
 
 @pytest.mark.parametrize("heading", ["**RECOMMENDATION**:", "<b>FINDINGS:</b>", "F1NDINGS:", "FINDINGS (FINAL):", "F I N D I N G S:", "COMPARISON\uff1a", "**ADDENDUM**", "PFI:", "FIND\u0301INGS:"])
 def test_a_dressed_up_next_heading_ends_the_impression(heading):
-    assert impression_section(f"IMPRESSION: Edema.\n{heading} Clear lungs.") == "Edema." or heading == "**ADDENDUM**"
+    if heading != "**ADDENDUM**": assert impression_section(f"IMPRESSION: Edema.\n{heading} Clear lungs.") == "Edema."
     assert impression_section(f"IMPRESSION: Edema.\n{heading}\nClear lungs.") == "Edema."
 
 
@@ -215,7 +215,8 @@ CLOSINGS = [
     "Authenticated by J Smith", "Approved by J Smith", "APPROVED BY: JOHN SMITH, MD", "approved by j smith, md", "Interpreted by J Smith MD", "Released by: J Smith", "Report finalized by Dr. Smith 1/2/2003",
     "Finalized on 1/2/2003 by J Smith", "The report was verified by John Smith, MD on 1/2/2003 at 10:15 AM", "Report dictated by J. Smith and signed by K. Jones", "Dicatated by: Dr. Smith", "Dictated - J Smith",
     "cc: Dr Smith", "CC: Drs. Smith and Jones", "Transcriptionist- AB", "Tel: 555-1234", "Phone: (650) 555-1234", "Contact number: 555-1234", "Callback number 555-1234", "Pager 12345", "Workstation: ABC123",
-    "Report status: Final", "Voice recognition software was used.", "Dictated using speech recognition software.", "This report was generated using voice recognition software and may contain errors.",
+    "Electronic signature: J Smith", "Signature on file", "Reported by J Smith", "Radiologist - J Smith", "J Smith, Radiologist", "cc: primary care", "Copy to: Dr Smith", "-J Smith, MD", "FINAL REPORT",
+    "Thank you for this referral.", "Questions? Call 555-1234", "Confirmed by J Smith", "Dictation workstation: ABC123", "Report approved electronically by J Smith", "Report status: Final", "Voice recognition software was used.", "Dictated using speech recognition software.", "This report was generated using voice recognition software and may contain errors.",
     "If you have any questions, please contact the reading room at 555-1234.", "I have personally reviewed the image(s) and the resident's interpretation and agree with the findings.",
     "As the attending radiologist, I have reviewed the images and edited the report.", "I, the attending physician, have reviewed the images and agree with the report.",
 ]
@@ -255,7 +256,7 @@ def test_findings_around_a_notification_stay(closing):
     "Approved device in place.", "Interpreted as atelectasis by the referring physician.", "Findings were called a pneumothorax.", "3 cc of fluid.", "Effusion of 300 cc: stable.", "CC: chest pain.", "Verified by CT.",
     "VERIFIED BY LATERAL VIEW.", "Released by bronchoscopy.", "Read by outside hospital as edema.", "INTERPRETED BY OUTSIDE HOSPITAL AS PNEUMONIA.", "Interpreted by Dr. Smith as edema.", "Approved: Hickman Catheter.",
     "Approved by Dr. Smith for removal of the line.", "Verified: Pneumothorax.", "Read by RUL Collapse.", "Contact with the chest wall.", "Pager overlies the chest.", "Overlying pager.", "MD Anderson port in place.",
-    "Mass, MD to follow.", "Transcription error excluded, effusion is real.", "DO NOT ADVANCE THE TUBE.", "Workstation artifact.", "Left Lung Collapse.", "Impression of the rib on the lung.", "My impression. Clear.",
+    "Mass, MD to follow.", "Transcription error excluded, effusion is real.", "DO NOT ADVANCE THE TUBE.", "Workstation artifact.", "Left Lung Collapse.", "Impression of the rib on the lung.", "My impression. Clear.", "Confirmed by CT.", "Confirmed by Biopsy.", "Radiologist to review.", "Reported by the patient.", "CONFIRMED BY LATERAL FILM.",
 ])
 def test_clinical_text_stays(text):
     assert impression_section(f"IMPRESSION: Edema.\n{text}\n") == f"Edema. {text}"
