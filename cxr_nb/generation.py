@@ -49,27 +49,29 @@ _EITHER_SIDE = r"absent|negative|none|nil|resolved|cleared|excluded|ruled out|mi
 
 # %% ../nbs/34_generation_results.ipynb #96dd4862
 _BETWEEN = (  # a negation and what it negates: "no evidence of a small, left-sided"
-    r"other|acute|focal|definite|obvious|visible|evident|significant|apparent|large|small|tiny|minimal|mild|moderate|"
-    r"massive|trace|left|right|bilateral|unilateral|sided?|sides|both|basal|new|evidence|signs?|suggestion|presence|"
-    r"unresolved|unchanged|persistent|cardiopulmonary"
+    r"other(?= abnormal| finding| disease| patholog)|acute|focal|"
+    r"definite|obvious|visible|evident|significant|apparent|large|small|tiny|minimal|mild|moderate|"
+    r"massive|trace|left|right|bilateral|unilateral|sided?|sides|both|evidence|signs?|presence|cardiopulmonary"
 )
 
 # %% ../nbs/34_generation_results.ipynb #ca2b35b1
 _NEUTRAL = (
-    r"photos?|photographs?|photographic|pictures?|images?|style|views?|films?|scans?|lungs?|chest|thorax|thoracic|x ?rays?|"
+    r"photos?|photographs?|photographic|pictures?|images?|style|views?|films?|scans?|lungs?|chest|thorax|thoracic|"
+    r"x ?rays?|"
     r"cxrs?|radiographs?|radiology|radiological|radiographic|frontal|lateral|posteroanterior|anteroposterior|pa|ap|"
     r"portable|supine|upright|erect|black|white|gr[ea]y|real|realistic|medical|hospital|clinical|normal|healthy|"
     r"unremarkable|clear(?! (?:the|an?|pleural|ef+us))|patients?|persons?|m[ae]n|wom[ae]n|males?|females?|adults?|old|"
-    r"young|elderly|years?|aged?|loculated|layering|free flowing|subpulmonic|who|that|which|it|there|here|also|very|"
+    r"young|elderly|years?|aged?|loculated|layering|unresolved|unchanged|persistent|new|"
+    r"free flowing|subpulmonic|who|that|which|it|there|here|also|very|"
     rf"high|low|quality|resolution|detailed|{_SEEN}|[1-9]\d*(?= years?)"
 )
 _KINDS = {  # a letter each; the first that fits
     "E": _EFFUSION, "F": _OTHER, "v": _DEVICES, "a": _AFTER,
     "m": r"not (?:only|just|merely)|no (?:\w+ )?(?:change|increase|decrease|improvement|resolution|doubt)(?: in| of)?",
     "j": r"are(?! there)|were|have(?= been| resolved| cleared| disappeared)",
-    "i": r"is(?! there)|was|be|been|do|does|did|has(?= been| resolved| cleared| disappeared)|now",
+    "i": r"is(?! there)|was|be|been|do|does|did|has(?= not| been| resolved| cleared| disappeared)|now",
     "q": r"is there|are there", "n": _BEFORE, "t": rf"not without|with|has|{_SHOW}", "z": _EITHER_SIDE, "x": "not|non",
-    "b": "(?:nothing )?(?:but|except)|however|although|though|apart from|other than|aside from|besides",
+    "b": "(?:nothing )?(?:but|except)|however|although|though|apart from|aside from",
     "k": "nor", "o": "or", "e": "and|as well as|plus", "d": "an?|the|any|this|of|in|on|at|for|from|its?|his|her|their",
     "y": _BETWEEN, "N": _NEUTRAL,
 }
