@@ -710,9 +710,9 @@ def _plain_heading(piece, first):
         impression = re.fullmatch(rf"(?:{_IMPRESSION['IMPRESSION']}S?|{_IMPRESSION['Impression']}s?)", title)
         bare = impression and (first and end[0] != "," or title.isupper()) or not end[0] and first and title != piece.strip()
         if not (colon or bare and title[:1].isupper()): continue
-        if not (_HEADING.fullmatch(title + ":") or _NEXT.fullmatch(title + ":") or _CONCLUSION.fullmatch(title + ":")): continue
+        if not any(known.fullmatch(title + ":") for known in (_HEADING, _NEXT, _CONCLUSION)): continue
         rest = re.sub(rf"^(?:\s*(?:</[^<>\n]{{1,40}}>|{_QUALIFIER}|[*_=~`]+|{_COLON}))+", " ", piece[end.end() :])
-        return f"{title}:{rest}"
+        return f"{title}: {rest.strip()}".rstrip()
     return piece
 
 # %% ../nbs/21_datasets.ipynb #582a8d24
@@ -826,7 +826,8 @@ _PERSON = rf"""(?:(?:{_TITLE}|(?!{_NO_NAME})[A-Z][\w.'’-]*|(?:de|la|van|von|de
 
 # %% ../nbs/21_datasets.ipynb #235d7d2c
 _CLERK = re.compile(
-    rf"""(?:(?:{_LEAD}{_VERB}(?:\s*(?:and|&|/|,)\s*{_LEAD}{_VERB})*\s*(?i:electronically\s+)?(?:(?:(?i:on|at)\s+)?[\d/:.-]*\d[\d/:.-]*\s+){{0,4}}
+    rf"""(?:(?:{_LEAD}{_VERB}(?:\s*(?:and|&|/|,)\s*{_LEAD}{_VERB})*
+        \s*(?i:electronically\s+)?(?:(?:(?i:on|at)\s+)?[\d/:.-]*\d[\d/:.-]*\s+){{0,4}}
         (?:(?i:by)\b\s*[:-]?|:|-\s)\s*{_PERSON}{{0,12}})+
     |(?i:(?:report\s+)?status\s*:\s*(?:final|preliminary|signed|unsigned)(?:\s+report)?)
     |/s/\s*{_PERSON}{{0,8}}
@@ -835,8 +836,10 @@ _CLERK = re.compile(
     |(?i:(?:attending|signing|reading|interpreting|staff)\s+)?(?i:radiologist|resident)\s*-?\s+{_PERSON}{{1,8}}
     |(?i:(?:this\s+is\s+(?:a|the)\s+)?(?:final|preliminary)\s+report|(?:any\s+)?questions|attestation|attending['’]s)
     |(?i:thank\s+you(?:\s+(?:for|very|much|this|the|your|kind|referral|referring|consult|consultation|patient|us|to|allowing))*)
-    |(?i:transcriptionist|transcriber|typist|dictator|(?:dictation\s+)?workstation(?:\s+id)?|ws|contact)\s*[:#-]+\s*(?:{_PERSON}|[\w-]*\d[\w-]*\s*){{0,6}}
-    |(?i:tel|telephone|phone|pager|beeper|fax|ext|extension|mobile|contact|(?:contact|call-?back|phone|pager)\s+(?:number|no\.?|\#))
+    |(?i:transcriptionist|transcriber|typist|dictator
+        |(?:dictation\s+)?workstation(?:\s+id)?|ws|contact)\s*[:#-]+\s*(?:{_PERSON}|[\w-]*\d[\w-]*\s*){{0,6}}
+    |(?i:tel|telephone|phone|pager|beeper|fax|ext|extension|mobile|contact
+        |(?:contact|call-?back|phone|pager)\s+(?:number|no\.?|\#))
         \.?\s*[:#-]?\s*(?:[\d().\s+x/-]*\d{{3}}[\d().\s+x/-]*|_{{2,}}|X{{3,}}))""",
     re.X,
 )
@@ -844,7 +847,8 @@ _CLERK = re.compile(
 # %% ../nbs/21_datasets.ipynb #be7c7253
 _SIGNATURE = re.compile(
     rf"""(?:(?i:drs?)\b\.?\s+{_PERSON}{{1,5}}
-    |(?!{_TITLE}){_PERSON}{{1,4}}?(?:M\.?D|(?<=,\s)D\.?O|Ph\.?D|MBBS|FRCR|(?<=,\s)(?:Attending\s+|Staff\s+)?Radiologist)\b\.?[\s,]*{_PERSON}{{0,8}})""",
+    |(?!{_TITLE}){_PERSON}{{1,4}}?(?:M\.?D|(?<=,\s)D\.?O|Ph\.?D|MBBS|FRCR
+        |(?<=,\s)(?:Attending\s+|Staff\s+)?Radiologist)\b\.?[\s,]*{_PERSON}{{0,8}})""",
     re.X,
 )
 
