@@ -205,8 +205,8 @@ def cells_hold(
     cells: list[str],  # of a table
 ) -> str:  # "words", "numbers", or "numbers broad"
     "What a table holds, which says how a phone shows it: as a list, two columns at a time, or one."
-    longest = max(map(len, cells), default=0)
-    return "words" if longest > 40 else "numbers broad" if longest > 23 else "numbers"
+    if any(len(cell) > 40 for cell in cells): return "words"
+    return "numbers broad" if any(len(cell) > 23 and "[" in cell for cell in cells) else "numbers"
 
 def table_views(
     path: Path,  # a CSV
