@@ -69,7 +69,7 @@ def few_shot_images(
         if concept not in set(rows.concept):
             raise ValueError(f"few-shot images: none shows '{concept}'; choose some of each of {', '.join(CONCEPTS)}")
     images = torch.from_numpy(training_images(image_paths(rows, roots), size))[:, None].repeat(1, 3, 1, 1)
-    return {concept: images[(rows.concept == concept).to_numpy()] for concept in CONCEPTS}
+    return {concept: images[torch.tensor((rows.concept == concept).tolist())] for concept in CONCEPTS}
 
 # %% ../nbs/27_unet_finetuning.ipynb #0d1f70ff
 def training_samples(
