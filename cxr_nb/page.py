@@ -385,7 +385,8 @@ def found_training(results, tables):
 # %% ../nbs/F_page.ipynb #84fa6540
 def changed(differences, judge, n):
     "How a judge's AUCs change by reconstruction."
-    clear = [label for label, (_, low, high) in differences.items() if low > 0 or high < 0]
+    # a difference without an interval is clear of nothing
+    clear = [label for label, (_, low, high) in differences.items() if (low or 0) > 0 or (high or 0) < 0]
     values = [d[0] for d in differences.values()]
     reach = f"{min(values):+.3f} to {max(values):+.3f} over {len(values)} labels"
     return f"The AUC of {judge} changes by {reach} ({n} images); the interval is clear of zero for {listed(clear)}."
