@@ -701,7 +701,7 @@ def test_results_that_were_moved_or_copied_read_their_own_images(tmp_path):
     trees.plain(first / "images/mine", n=2)
     far = trees.plain(tmp_path / "far", n=2)
     cohort = read_folder(first / "images/mine", "Mine")
-    places = {"images": {"Mine": portable_place(first / "images/mine", first), "Far": portable_place(far, first)}, "reports": {"Mine": portable_place(first / "images/mine", first)}, "text_sets": {"Mine": ""}}
+    places = {"images": {"Mine": portable_place(first / "images/mine", first), "Far": portable_place(far, first)}, "reports": {"Mine": portable_place(first / "images/mine", first)}, "text_sets": {"Mine": ""}, "inverted": "keep"}
     assert places["images"] == {"Mine": "images/mine", "Far": str(far)}
     (first / "cohorts").mkdir()
     (first / "cohorts/sources.json").write_text(json.dumps(places))
@@ -712,20 +712,20 @@ def test_results_that_were_moved_or_copied_read_their_own_images(tmp_path):
     shutil.move(first, tmp_path / "third")
     moved = read_sources(tmp_path / "third/cohorts/sources.json")
     assert (CohortImages(cohort, moved["images"], size=None)[0]["img"] == theirs).all()
-    assert moved["images"]["Far"] == far and moved["reports"]["Mine"] == tmp_path / "third/images/mine" and moved["text_sets"] == {"Mine": ""}
+    assert moved["images"]["Far"] == far and moved["reports"]["Mine"] == tmp_path / "third/images/mine" and moved["text_sets"] == {"Mine": ""} and moved["inverted"] == "keep"
 
 
 def test_places_of_the_project_are_named_from_it_on(tmp_path):
     assert portable_place(ROOT / "data/mine", tmp_path) == "project:data/mine"
     (tmp_path / "cohorts").mkdir()
-    (tmp_path / "cohorts/sources.json").write_text(json.dumps({"images": {"Mine": "project:data/mine", "Old": "/data/old"}, "reports": {}, "text_sets": {}}))
+    (tmp_path / "cohorts/sources.json").write_text(json.dumps({"images": {"Mine": "project:data/mine", "Old": "/data/old"}, "reports": {}, "text_sets": {}, "inverted": "refuse"}))
     assert read_sources(tmp_path / "cohorts/sources.json")["images"] == {"Mine": ROOT / "data/mine", "Old": Path("/data/old")}
     (tmp_path / "link").symlink_to(tmp_path / "real")
     (tmp_path / "real/images/x").mkdir(parents=True)
     assert portable_place(tmp_path / "real/images/x", tmp_path / "link") == portable_place(tmp_path / "link/images/x", tmp_path / "real") == "images/x"
 
 
-@pytest.mark.parametrize("text", ["", "{}", "[]", '{"images": 1, "reports": {}, "text_sets": {}}', '{"images": {"a": 1}, "reports": {}, "text_sets": {}}'])
+@pytest.mark.parametrize("text", ["", "{}", "[]", '{"images": 1, "reports": {}, "text_sets": {}}', '{"images": {"a": 1}, "reports": {}, "text_sets": {}, "inverted": "refuse"}', '{"images": {}, "reports": {}, "text_sets": {}}'])
 def test_a_broken_list_of_places_is_said(tmp_path, text):
     (tmp_path / "sources.json").write_text(text)
     with pytest.raises(ValueError, match="sources.json: does not say where the data lie .*; run 21_datasets again"): read_sources(tmp_path / "sources.json")
