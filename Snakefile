@@ -251,7 +251,7 @@ for name in GRAPH:
         raise WorkflowError(f"profile '{PROFILE}': section {name} is missing")
 
 
-def products(name): return [f"{OUT}/{file}" for file in (*GRAPH[name][1], f"records/{name}.json")]
+def products(name): return [f"{OUT}/{file}" for file in (*GRAPH[name][1], f"records/{name}.json", f"notebooks/{name}.ipynb")]
 
 
 # all files are asked for, not the records alone: a fresh clone has the committed ones and lacks the rest
@@ -272,7 +272,7 @@ for name, (reads, _) in GRAPH.items():
             modules=[f"cxr_nb/{module}.py" for module in runner.imported_modules(name)],
             upstream=[f"{OUT}/{file}" for file in reads],
             edited=EDITED.get(name, []),
-        output: [*products(name), f"{OUT}/notebooks/{name}.ipynb"]
+        output: products(name)
         message: f"notebook {name}"
         params:
             name=name,
