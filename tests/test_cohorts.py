@@ -996,7 +996,7 @@ def test_patients_under_an_agreement_stay_out_of_what_git_tracks(project, run_in
     assert not core.git_would_track(place / "figures/a.png")
 
 
-NO_PLACE = {"profile", "few_shot_source", "label_policy"}  # text that names no file
+NO_PLACE = {"profile", "few_shot_source", "label_policy", "inverted"}  # text that names no file
 
 
 def test_every_parameter_that_names_a_place_is_asked_whose_it_is():
