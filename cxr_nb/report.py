@@ -15,7 +15,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from argparse import ArgumentParser
 from importlib import metadata
 
@@ -98,9 +97,9 @@ def outdated(
     profile: str,  # name of a profile
 ) -> dict[str, str]:  # notebook -> what is not as its record says
     "Notebooks of a profile whose results have changed since they were written."
-    folder, changed = outputs_dir(profile), {}
+    folder, sections, changed = outputs_dir(profile), load_profile(profile), {}
     for path in sorted((folder / "records").glob("*.json")):
-        if path.stem not in load_profile(profile): continue
+        if path.stem not in sections: continue
         if reason := _changed(folder, path): changed[path.stem] = reason
     return changed
 
@@ -128,7 +127,7 @@ def shown_lines(
     lines,  # iterable of what Snakemake and its jobs write
 ):  # yields the lines for a person
     "A line per notebook that begins, ends or fails, with its position among those that run."
-    total, place, begun = 0, {}, time.perf_counter()
+    total, place = 0, {}
     for line in lines:
         if count := re.match(r"notebook_\w+ +(\d+)", line): total += int(count[1])
         elif line.startswith(BEGINS):
@@ -209,7 +208,8 @@ def run_report(
     log, locks = folder / "report.log", folder / ".locks"
     with one_writer(locks / "report", f"{target} of profile '{profile}'", locks.glob("[!.]*")):
         _without_remains(folder)
-        again = sorted(f"notebook_{name}" for name in outdated(profile).keys() & _graph(profile))
+        changed = outdated(profile).keys()
+        again = sorted(f"notebook_{name}" for name in changed & _graph(profile)) if changed else []
         forced = ["--forcerun", *again] * bool(again)
         running = _snakemake(profile, target, "--cores", str(cores), *forced)
         try:
