@@ -17,9 +17,10 @@ import subprocess
 import sys
 from argparse import ArgumentParser
 from importlib import metadata
+from pathlib import Path
 
 from .core import load_profile, outputs_dir, plain_value, repo_root, resolve_parameters, sha256
-from .processes import end_children, end_with, one_writer, process_id
+from .processes import end_children, end_with, make_writable, one_writer, process_id
 from .runner import run_or_exit
 
 # %% ../nbs/07_report.ipynb #07c0de07
@@ -172,6 +173,12 @@ def _logged(lines, log):
             yield line
 
 # %% ../nbs/07_report.ipynb #07c0de61
+def _make_snakemakes_folders():
+    "Make the folders that Snakemake keeps its notes in, whatever CXR_NB_OUTPUTS says."
+    from snakemake.common import get_appdirs
+    make_writable(repo_root() / ".snakemake", "Snakemake keeps its notes there: run the report in a copy that you may write to")
+    make_writable(Path(get_appdirs().user_cache_dir), "Snakemake keeps its cache there: set XDG_CACHE_HOME to a folder that can")
+
 def _without_remains(folder):
     "Remove what a run that was killed left half-written."
     for partial in folder.rglob(".partial-*"):
@@ -200,13 +207,15 @@ def run_report(
 ) -> int:  # 0 where all went well
     """Run every notebook of a profile that is out of date, with a line for each that begins, ends or fails.
 
-    Raises ValueError for a profile that does not fit together, and
-    BlockingIOError where another run is at work on the same results.
+    Raises ValueError for a profile that does not fit together, BlockingIOError
+    where another run is at work on the same results, and OSError where a folder
+    cannot be written.
     """
     if wrong := unfitting(profile): raise ValueError("\n".join(wrong))
     folder, shown = outputs_dir(profile), []
     log, locks = folder / "report.log", folder / ".locks"
     with one_writer(locks / "report", f"{target} of profile '{profile}'", locks.glob("[!.]*")):
+        _make_snakemakes_folders()
         _without_remains(folder)
         changed = outdated(profile).keys()
         again = sorted(f"notebook_{name}" for name in changed & _graph(profile)) if changed else []

@@ -102,6 +102,25 @@ def test_a_failure_is_one_line_and_where_to_look(project, run_in):
     assert done.returncode == 1 and "cxr_nb: report failed: MissingInputException" in done.stderr
 
 
+UNWRITABLE = {"outputs/tiny": "set CXR_NB_OUTPUTS", "cache": "set XDG_CACHE_HOME", ".snakemake": "in a copy that you may write to"}
+
+
+@pytest.mark.parametrize("place", UNWRITABLE)
+def test_a_folder_that_cannot_be_written_is_one_line(project, run_in, place, monkeypatch):
+    # nothing can be made below a file, not even by an administrator, whom no permission stops
+    profile(project, 1)
+    (project / place).parent.mkdir(exist_ok=True)
+    (project / place).write_text("")
+    if place == "cache": monkeypatch.setenv("XDG_CACHE_HOME", str(project / place))
+    done = run_in(project, "cxr_nb", "report", "--profile", "tiny")
+    [line] = done.stderr.splitlines()
+    assert done.returncode == 1 and done.stdout == "" and line.startswith(f"cxr_nb: {project / place}")
+    assert "cannot be written (" in line and UNWRITABLE[place] in line
+    if place == "outputs/tiny":
+        [line] = run_in(project, "cxr_nb", "run", "99_small", "--profile", "tiny").stderr.splitlines()
+        assert line.startswith(f"cxr_nb: {project / place}") and UNWRITABLE[place] in line
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 def test_children_end_with_the_command(project, number):
     running, children = started(project)
