@@ -32,7 +32,7 @@ def _lighter(data, widest=500):
     picture, png, jpeg = Image.open(BytesIO(base64.b64decode(data["image/png"]))).convert("RGB"), BytesIO(), BytesIO()
     picture.thumbnail((widest, picture.height), Image.LANCZOS)
     picture.quantize(32, kmeans=1).save(png, "PNG", optimize=True)
-    picture.save(jpeg, "JPEG", quality=60, optimize=True)
+    picture.save(jpeg, "JPEG", quality=50, optimize=True)
     kind, kept = min(("image/png", png.getvalue()), ("image/jpeg", jpeg.getvalue()), key=lambda pair: len(pair[1]))
     others = {k: v for k, v in data.items() if k != "image/png"}
     return others | {kind: base64.b64encode(kept).decode()}

@@ -14,9 +14,6 @@ import pytest
 # the tests run in two processes: with a thread per core in each they would wait for one another
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 ROOT = Path(__file__).parent.parent
-# The committed results are of the code before exact intervals, the page's first screen and two parameters came.
-# Each check that they do not meet yet is named, and fails once they are made anew: then its mark goes.
-made_anew = pytest.mark.xfail(strict=True, reason="the committed results are older than this check; make report")
 
 
 def tracked(*patterns):

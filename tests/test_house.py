@@ -7,7 +7,7 @@ from importlib import metadata
 
 import pandas as pd
 import pytest
-from conftest import ROOT, made_anew, tracked
+from conftest import ROOT, tracked
 from packaging.requirements import Requirement
 
 from cxr_nb import core, runner
@@ -124,16 +124,12 @@ def test_only_the_demo_is_committed():
     assert sum(path.stat().st_size for path in kept) <= 10e6
 
 
-LATER = {"21_datasets": {"inverted"}, "34_generation_results": {"findings"}}  # parameters that came after the committed results
-
-
 def test_committed_results_are_one_clean_run_of_the_demo():
     records = {path.stem: json.loads(path.read_text()) for path in RECORDS}
     assert records
     for path, record in zip(RECORDS, records.values()):
-        later = LATER.get(record["notebook"], set())
-        now = core.resolve_parameters(record["notebook"], "demo")
-        assert record["parameters"] == {name: value for name, value in now.items() if name not in later}
+        assert record["parameters"] == core.resolve_parameters(record["notebook"], "demo")
+        assert not {"seconds", "device", "peak_memory_mb"} & record.keys(), f"{path.name} holds what is another at every run"
         assert re.fullmatch(r"[0-9a-f]{40}", record["commit"]), f"{path.name} was made from uncommitted code: {record['commit']}"
         assert (ROOT / f"outputs/demo/notebooks/{record['notebook']}.ipynb").exists()
         for name, digest in record["outputs"].items():
@@ -146,16 +142,7 @@ def test_committed_results_are_one_clean_run_of_the_demo():
     assert {f"records/{name}.json" for name in records if name != "F_page"} <= set(read)
 
 
-APART = {"benchmarks", "ablations", "ablation_seeds"}  # made by commands of their own, and not with every report
-OLDER = {
-    "classification_thresholds", "domain_gap", "table_1", "table_2", "table_2_phantom_reports", "table_3_phantom_reports", "table_5",
-    "table_5_judge_b", "table_6",
-}
-TABLES = [pytest.param(path, marks=made_anew) if path.stem in OLDER else path
-          for path in sorted((ROOT / "outputs/demo/tables").glob("*.csv")) if path.stem not in APART]
-
-
-@pytest.mark.parametrize("path", TABLES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted((ROOT / "outputs/demo/tables").glob("*.csv")), ids=lambda path: path.stem)
 def test_no_committed_interval_has_no_width(path):
     table = pd.read_csv(path)
     if "ci_low" not in table: return

@@ -12,7 +12,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import ROOT, made_anew, tracked
+from conftest import ROOT, tracked
 from PIL import Image
 
 from cxr_nb import core, page
@@ -179,7 +179,6 @@ def test_every_notebook_of_the_report_has_its_place():
 committed = pytest.mark.skipif(not (DEMO / "report.html").exists(), reason="the demo's page is not there; make report")
 
 
-@made_anew
 @committed
 def test_the_demos_page():
     path = DEMO / "report.html"
@@ -335,8 +334,7 @@ def test_in_a_browser(made_up, browse):
 
 @committed
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
-@pytest.mark.parametrize("size", [(1280, 800), (1200, 800)], ids=str)
-@made_anew
+@pytest.mark.parametrize("size", [(1280, 800), (1200, 800), (390, 844)], ids=str)
 def test_the_demos_first_screen_answers(browse, size):
     found, _, _ = browse(DEMO, *size)
     check_tables_in_reach(found, size[0])
@@ -345,7 +343,6 @@ def test_the_demos_first_screen_answers(browse, size):
 
 @committed
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
-@made_anew
 def test_the_demos_page_in_a_browser(browse):
     found, console, asked = browse(DEMO)
     assert console == [] and sorted(asked) == ["/look.html", "/report.html"]
