@@ -1,5 +1,6 @@
 # One command each, from a fresh clone: `make report`, `make test`, `make lab`. `make help` lists the rest.
-PROFILE ?= demo
+# it reaches a shell by the environment alone, and is a name there whatever it holds
+export PROFILE ?= demo
 # The first Python on the path that the lock was resolved for.
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && echo $$p && break; done)
@@ -35,14 +36,14 @@ $(READY): requirements.lock settings.ini setup.py
 	touch $@
 
 # the command ends with this make, which names itself by the shell's parent
-RUN = @CXR_NB_MAKE=$$PPID exec $(BIN)/cxr_nb report --profile "$(PROFILE)" --cores $(CORES)
+RUN = @CXR_NB_MAKE=$$PPID exec $(BIN)/cxr_nb report --profile "$$PROFILE" --cores $(CORES)
 
 report: $(READY)  ## run every notebook of the report that is out of date: PROFILE=demo CORES=all
 	$(RUN)
 
 # the browser is asked for before a report is run for it
 CHROMIUM ?= $(firstword $(foreach p,chromium chromium-browser google-chrome,$(shell command -v $(p))))
-PAGE = $(or $(CXR_NB_OUTPUTS),outputs)/$(PROFILE)
+PAGE = $${CXR_NB_OUTPUTS:-outputs}/$$PROFILE
 pdf:  ## the page as outputs/demo/report.pdf, printed by Chromium: CHROMIUM=/path/to/chromium
 	@test -n "$(CHROMIUM)" || { echo "make pdf: no Chromium found; install one or name it: make pdf CHROMIUM=/path/to/chromium" >&2; exit 1; }
 	$(MAKE) report
@@ -85,4 +86,5 @@ clean:  ## remove the environment; results stay
 	rm -rf $(VENV) .snakemake
 
 clean-results:  ## remove the results of one profile that are not committed: PROFILE=demo
-	git clean -fdXq "outputs/$(PROFILE)"
+	@case "$$PROFILE" in ""|.*|*[!A-Za-z0-9._-]*) echo "make clean-results: PROFILE='$$PROFILE' is no profile's name" >&2; exit 1;; esac
+	git clean -fdXq -- "outputs/$$PROFILE"
