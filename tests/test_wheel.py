@@ -29,7 +29,7 @@ def python(installed, tmp_path):
     return run
 
 
-COMMAND = "from cxr_nb.report import main; main()"
+COMMAND = "from cxr_nb.command import main; main()"
 
 
 def test_the_wheel_holds_what_nbs_holds(installed):
