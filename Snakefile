@@ -9,7 +9,8 @@ from snakemake.exceptions import WorkflowError
 
 from cxr_nb import core, report, runner
 
-PROFILE = config.get("profile", "demo")
+# with the file's suffix where the name alone would read as a number, as Snakemake reads it
+PROFILE = str(config.get("profile", "demo")).removesuffix(".yaml")
 OUT = os.path.relpath(core.outputs_dir(PROFILE))
 # small models gain little from a second thread; on a GPU notebooks would share its memory
 AT_ONCE = 1 if shutil.which("nvidia-smi") else 2

@@ -20,6 +20,8 @@ from threading import Thread
 
 import psutil
 
+from .core import written_whole
+
 # %% ../nbs/05_processes.ipynb #05c0de07
 def _text(path):
     try: return Path(path).read_text().strip()
@@ -54,9 +56,11 @@ def is_gone(
 # %% ../nbs/05_processes.ipynb #05c0de11
 def _owner(path):
     "Who holds a lock; None where nobody does."
-    try: return json.loads(path.read_text(encoding="utf-8"))
+    try: owner = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError: return None
-    except ValueError: raise BlockingIOError(f"{path}: is no lock of this project; delete it if nothing runs") from None
+    except (OSError, ValueError): owner = None
+    if isinstance(owner, dict) and owner.keys() >= {*process_id(), "doing", "since"}: return owner
+    raise BlockingIOError(f"{path}: is no lock of this project; delete it if nothing runs")
 
 def _hindrance(path):
     "Why a lock cannot be had; empty where nobody holds it, or its owner is known to be gone."
@@ -75,7 +79,7 @@ def make_writable(
     "Make a folder if need be; raises OSError with the advice where nothing can be written there."
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder): pass
+        with tempfile.TemporaryFile(dir=folder) as file: file.write(b"0")
     except OSError as error: raise OSError(f"{folder}: cannot be written ({error.strerror}); {advice}") from None
 
 # %% ../nbs/05_processes.ipynb #05c0de12
@@ -97,7 +101,7 @@ def one_writer(
         fcntl.flock(guard, fcntl.LOCK_EX)
         for lock in (path, *others):
             if reason := _hindrance(lock): raise BlockingIOError(f"{doing}: {reason}")
-        path.write_text(json.dumps(owner), encoding="utf-8")
+        with written_whole(path) as partial: partial.write_text(json.dumps(owner), encoding="utf-8")
     try: yield
     finally: path.unlink(missing_ok=True)
 

@@ -56,6 +56,8 @@ def _make_light(path):
         partial.write_text(json.dumps(notebook, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 # %% ../nbs/06_runner.ipynb #63703e77
+def _first_line(error): return f"{type(error).__name__}: {error}".splitlines()[0]
+
 @contextmanager
 def _executed_copy(folder, notebook):
     "Yield where papermill writes to: the copy is in `notebooks/` after a success and in `failed/` after an error."
@@ -74,6 +76,14 @@ def _executed_copy(folder, notebook):
             kept.parent.mkdir(parents=True, exist_ok=True)
             shutil.move(partial, kept)
 
+def _check_whole(notebook):
+    "Raise ValueError for a file in which Jupyter knows no notebook."
+    import nbformat
+    path = source_file(f"{notebook}.ipynb")
+    try: nbformat.validate(nbformat.read(path, 4))
+    except Exception as error:  # of any kind: it trips over what is missing
+        raise ValueError(f"notebook {notebook}: nbs/{path.name} is no whole notebook ({_first_line(error)}); restore it") from None
+
 def run_notebook(
     notebook: str,  # stem of a notebook in nbs/
     profile: str = "demo",  # name of a profile
@@ -82,6 +92,7 @@ def run_notebook(
     "Execute a notebook with a profile's parameters; raises before anything runs where they do not fit."
     import papermill
     parameters = resolve_parameters(notebook, profile, overrides)
+    _check_whole(notebook)
     # it reads the parameters cell line by line, and warns of what it cannot; they are checked by now
     logging.getLogger("papermill").setLevel(logging.ERROR)
     root, folder = repo_root(), run_folder(notebook, parameters)
@@ -142,7 +153,7 @@ def run_or_exit(
         notebook, overrides = notebook_named(notebook), read_overrides(pairs)
         folder = run_folder(notebook, resolve_parameters(notebook, profile, overrides))
         with _locked(notebook, folder), _announced(notebook): return run_notebook(notebook, profile, overrides)
-    except PapermillExecutionError as error: why = f"notebook {notebook} failed: {error.ename}: {error.evalue}"
+    except PapermillExecutionError as error: why = f"notebook {notebook} failed: {error.ename}: {error.evalue}".splitlines()[0]
     except DeadKernelError: why = f"notebook {notebook} failed: its kernel died, for want of memory or by a signal"
     except (OSError, KeyError, TypeError, ValueError) as error:
         sys.exit(f"cxr_nb: {error.args[-1] if isinstance(error, KeyError) else error}")

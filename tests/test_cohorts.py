@@ -990,7 +990,7 @@ def refused_by_demo(project, run_in, copy, **values):
 
 def test_patients_under_an_agreement_stay_out_of_what_git_tracks(project, run_in, tmp_path):
     line = refused_by_demo(project, run_in, tmp_path / "clone", chexpert="data/chexpert")
-    assert "chexpert: CheXpert and MIMIC-CXR are under a data use agreement; git tracks outputs/demo" in line
+    assert "chexpert: git tracks outputs/demo, and pictures, reports and paths of somebody's own, which a data use agreement may protect" in line
     # a run with other values than the demo's goes where git looks away
     place = core.run_folder("21_datasets", core.resolve_parameters("21_datasets", "demo", {"chexpert": "data/chexpert"}))
     assert not core.git_would_track(place / "figures/a.png")

@@ -115,6 +115,38 @@ def test_the_commit_is_that_of_the_project_whatever_the_environment_names(reposi
     assert core.git_commit() == before
 
 
+def test_every_parameter_of_every_notebook_that_names_a_place_is_asked_whose_it_is(repository, monkeypatch):
+    for path in sorted((ROOT / "nbs").glob("*.ipynb")):
+        if path.stem not in core.load_profile("demo"): continue
+        declared = core.declared_parameters(path.stem)
+        defaults = core.resolve_parameters(path.stem, "demo")
+        assert core.places_beside(defaults) == [], "the demo names nothing but the project's own"
+        for name, (kind, _) in declared.items():
+            if kind not in ("str", "list") or name == "profile": continue
+            for place in ("/data/x", "../x", "tests"): assert core.places_beside(defaults | {name: [f"Mine={place}"] if kind == "list" else place}) == [name]
+
+
+def test_a_run_that_names_a_model_of_somebody_begins_only_where_git_looks_away(repository, monkeypatch):
+    monkeypatch.setenv("CXR_NB_OUTPUTS", str(repository))
+    monkeypatch.setattr(core, "run_folder", lambda notebook, parameters: repository / parameters["profile"])
+    def begun(profile): return core.Run("22_stable_diffusion", {"__annotations__": {"profile": str, "model": str}, "profile": profile, "model": "/data/sd"})
+    assert begun("out").parameters["model"] == "/data/sd"
+    with pytest.raises(ValueError, match="model: git tracks outputs/kept"): begun("kept")
+
+
+@pytest.mark.parametrize("ignored", ["figures/\ntables/\nrecords/\nnotebooks/\n", "*.png\n*.csv\n*.json\n*.ipynb\n"])
+def test_whatever_kind_of_result_git_tracks_is_enough(repository, ignored):
+    (repository / ".gitignore").write_text(ignored)
+    run = SimpleNamespace(folder=repository / "mine", notebook="22", parameters={"profile": "mine"})
+    with pytest.raises(ValueError, match="git tracks"): core.Run.refuse_tracked(run, ["model"])
+
+
+def test_a_git_that_does_not_answer_gives_no_verdict(repository, tmp_path, monkeypatch):
+    monkeypatch.setattr(core, "GIT_WAIT", 0.2)
+    fake_git(tmp_path / "bin", monkeypatch, "exec sleep 60")
+    with pytest.raises(RuntimeError, match="git does not tell"): core.git_would_track(repository / "a.png")
+
+
 @pytest.mark.parametrize("script", ["exit 128", None])
 def test_credentialed_data_are_refused_before_they_are_read(repository, tmp_path, monkeypatch, script):
     "The guard of 21_datasets, with results in a tracked folder, an ignored one, and one that git gives no verdict on."
@@ -129,7 +161,7 @@ def test_credentialed_data_are_refused_before_they_are_read(repository, tmp_path
 
     for data in ({"chexpert": "x"}, {"mimic_cxr": "x"}):
         opened("out/free", **data)
-        with pytest.raises(ValueError, match="are under a data use agreement"): opened("out/kept", **data)
+        with pytest.raises(ValueError, match="which a data use agreement may protect"): opened("out/kept", **data)
     fake_git(tmp_path / "bin", monkeypatch, script)
     for place in ("out/kept", "out/free"):
         opened(place)

@@ -14,7 +14,7 @@ import pytest
 from cxr_nb import core, processes
 
 SNAKEFILE = """
-PROFILE = config["profile"]
+PROFILE = config["profile"].removesuffix(".yaml")
 COMMAND = "{command}"
 rule report:
     input: f"outputs/{{PROFILE}}/records/99_small.json"
@@ -100,6 +100,17 @@ def test_a_failure_is_one_line_and_where_to_look(project, run_in):
     (project / "Snakefile").write_text("rule report:\n    input: 'nowhere'\n")
     done = run_in(project, "cxr_nb", "report", "--profile", "tiny")
     assert done.returncode == 1 and "cxr_nb: report failed: MissingInputException" in done.stderr
+
+
+def test_any_name_is_a_profile_and_any_number_of_cores_is_one_or_more(project, run_in):
+    profile(project, 1)
+    (project / "nbs/profiles/tiny.yaml").rename(project / "nbs/profiles/007.yaml")
+    done = run_in(project, "cxr_nb", "report", "--profile", "007")
+    assert done.returncode == 0 and done.stdout.splitlines()[-1] == "the page: outputs/007/report.html"
+    assert run_in(project, "cxr_nb", "report", "--profile", "007", "--cores", "0").stderr == "cxr_nb: --cores 0: one core at least\n"
+    # a record that is damaged is no riddle: its notebook runs again
+    (project / "outputs/007/records/99_small.json").write_text("{}")
+    assert "99_small begins" in run_in(project, "cxr_nb", "report", "--profile", "007").stdout
 
 
 UNWRITABLE = {"outputs/tiny": "set CXR_NB_OUTPUTS", "cache": "set XDG_CACHE_HOME", ".snakemake": "in a copy that you may write to"}
