@@ -1620,6 +1620,14 @@ def read_reference_labels(
     for name in columns: _refuse(~table[name].isin([0, 1]), path, lambda row: f", column '{name}': is neither 1 nor 0")
     return table
 
+# %% ../nbs/21_datasets.ipynb #6acf2950
+def _own_place(place):
+    "A folder of the profile's own, below images/, blank for another; raises ValueError for a detour to one."
+    plain = posixpath.normpath(place)
+    if not plain.startswith("images/"): return ""
+    if plain == place: return place
+    raise ValueError(f"folders: {place!r}: write {plain} for the profile's own folder, or another's whole path")
+
 # %% ../nbs/21_datasets.ipynb #6acf294d
 RESTRICTED = ("CheXpert", "MIMIC-CXR")  # under a data use agreement
 
@@ -1627,7 +1635,11 @@ def named_folders(
     folders: list[str],  # each "Name=folder"; a folder that begins with images/ is the profile's own
     outputs: Path,  # outputs/<profile>
 ) -> dict[str, Path]:  # name -> folder
-    "Parse the parameter `folders`; raises ValueError for an entry without a name, and for a name that is taken."
+    """Parse the parameter `folders`.
+
+    Raises ValueError for an entry without a name, for a name that is taken and
+    for a folder of the profile's own by a detour: it has one spelling.
+    """
     found = {}
     for text in folders:
         name, _, place = (part.strip() for part in text.partition("="))
@@ -1636,27 +1648,24 @@ def named_folders(
         if slug(name) in taken: raise ValueError(f"folders: the name {name!r} is taken")
         if not slug(name) or re.match(r"(text|classes|few_shot|captions|sources)|.*_(sample|problems)$", slug(name)):
             raise ValueError(f"folders: {name!r} cannot name files beside the others in cohorts/; take another name")
-        found[name] = outputs / place if place.startswith("images/") else find_path(place)
+        found[name] = outputs / place if _own_place(place) else find_path(place)
     return found
 
 # %% ../nbs/21_datasets.ipynb #78e0a393
 MADE_HERE = ("images/phantoms", "images/phantom_reports")  # by 03_phantoms
-_PLACES = (
-    "chexpert", "chexpert_reports", "mimic_cxr", "mimic_cxr_reports", "openi_images", "nih", "laion_400m",
-    "few_shot_choice", "reference_labels",
-)
+_DATA = "chexpert", "chexpert_reports", "mimic_cxr", "mimic_cxr_reports", "openi_images", "nih", "laion_400m"
+_TABLES = "few_shot_choice", "reference_labels"  # what is shown of them is their path
 
 def places_of_others(
     parameters: dict,  # of 21_datasets
 ) -> list[str]:  # names of parameters
-    "Parameters that name data, or a file outside the project, that are not the project's own."
+    "Parameters that name data, or a file outside the project, not the project's own; raises as `named_folders` does."
+    def outside(place): return not find_path(place).resolve().is_relative_to(repo_root().resolve())
     lists = {n: [text.partition("=")[2].strip() for text in parameters[n]] for n in ("folders", "text_sources")}
-    named = {name: [parameters[name]] for name in _PLACES} | lists
-    def others(name, place):
-        if name in ("few_shot_choice", "reference_labels"):  # tables: what is shown of them is their path
-            return bool(place) and not find_path(place).resolve().is_relative_to(repo_root().resolve())
-        return bool(place) and posixpath.normpath(place) not in MADE_HERE
-    return [name for name, places in named.items() if any(others(name, place) for place in places)]
+    named = {name: bool(parameters[name]) for name in _DATA}
+    named |= {name: bool(place := parameters[name]) and outside(place) for name in _TABLES}
+    named |= {name: any(p and _own_place(p) not in MADE_HERE for p in places) for name, places in lists.items()}
+    return [name for name, others in named.items() if others]
 
 # %% ../nbs/21_datasets.ipynb #41eeea33
 def text_sets(

@@ -1008,7 +1008,7 @@ def test_every_parameter_that_names_a_place_is_asked_whose_it_is():
         for place in ("/data/x", "../x"):
             given = [f"Mine={place}"] if kind == "list" else place
             assert places_of_others(defaults | {name: given}) == [name]
-    for place in ("images/mine", "images/phantoms/../../x", "data/mine"): assert places_of_others(defaults | {"folders": [f"Mine={place}"]}) == ["folders"]
+    for place in ("images/mine", "images/phantoms/../../x", "data/mine", "imagesx/phantoms"): assert places_of_others(defaults | {"folders": [f"Mine={place}"]}) == ["folders"]
 
 
 def test_pictures_and_reports_of_others_stay_out_of_what_git_tracks(project, run_in, tmp_path):
