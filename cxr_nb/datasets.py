@@ -1027,8 +1027,8 @@ def read_folder(
     """Read a plain folder of radiographs, or of reports alone; no image is opened.
 
     Raises FileNotFoundError for a folder without a CSV and ValueError for a
-    missing column, a label that is none, a row that stands there twice or a
-    path that leads out of the folder.
+    missing column, a label that is none, a row or an image that stands there
+    twice, also by a link, or a path that leads out of the folder.
     """
     path, folder = _folder_table(root)
     header = _header(path)
@@ -1053,6 +1053,17 @@ def read_folder(
         rows = rows.join(_labels_from_names(table.finding_labels, _FOLDER_FINDINGS, path, unlisted=np.nan))
     return _as_cohort(_folder_rows(rows, key, folder, path), source)
 
+# %% ../nbs/21_datasets.ipynb #e75168f0
+def _refuse_one_file_twice(places, folder, path):
+    "Raise ValueError for the first row whose image is the file of a row above by another name: one of them is a link."
+    first = {}
+    for row, place in enumerate(places):
+        try: file = os.stat(os.path.join(folder, place))
+        except OSError: continue  # said of an image that is looked at
+        above = first.setdefault((file.st_dev, file.st_ino), row)
+        one = f"the file of row {above + 2}, {places.iloc[above]!r}"
+        if above != row: raise ValueError(f"{path}: row {row + 2}: {place!r} is {one}; keep one")
+
 # %% ../nbs/21_datasets.ipynb #e75168ee
 _FOLDER_FINDINGS = NIH_FINDINGS | {label: label for label in CHEXPERT_LABELS}
 
@@ -1067,8 +1078,11 @@ def _folder_rows(rows, key, folder, path):
     if key == "study_id": return rows
     beside, inside = ({p.name for p in place.glob("*")} for place in (folder, folder / "images"))
     first = rows.image.str.partition("/")[0]
+    marked = rows.image.str.endswith(NEGATIVE)
+    _refuse(marked, path, lambda row: f": image {rows.image.iloc[row]!r} ends with {NEGATIVE}, a mark; rename the file")
     rows["image_path"] = np.where(first.isin(inside - beside), "images/" + rows.image, rows.image)
     _refuse_duplicates(rows[["image_path", "image"]], "image_path", path)
+    _refuse_one_file_twice(rows.image_path, folder, path)
     rows["image_id"] = rows.image.str.replace(r"(?i)\.(?:png|jpe?g)$", "", regex=True)
     _refuse_duplicates(rows[["image_id", "image"]], "image_id", path)
     if "study_id" not in rows: rows["study_id"] = ""
