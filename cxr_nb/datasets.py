@@ -63,9 +63,9 @@ def read_cohort(
 ) -> pd.DataFrame:
     "Read a cohort table; ids and paths stay text, labels are numbers; raises ValueError for what is none."
     text = {c: str for c in (*COHORT_COLUMNS, "inverted") if c not in _NUMBERS}
-    if Path(path).is_file(): _check_text(path)
+    _check_text(path)
     try: cohort = pd.read_csv(path, dtype=text, keep_default_na=False, na_values={c: [""] for c in _NUMBERS})
-    except (ValueError, IsADirectoryError) as error:
+    except ValueError as error:
         raise ValueError(f"{path}: not a cohort table ({' '.join(str(error).split())})") from None
     missing = [c for c in COHORT_COLUMNS if c not in cohort]
     if missing: raise ValueError(f"{path}: not a cohort table, column '{missing[0]}' is missing")
@@ -79,6 +79,12 @@ def _as_cohort(rows, source):
         ["study_id", "image_id", "image_path"], ignore_index=True
     )
 
+# %% ../nbs/21_datasets.ipynb #ed0d3880
+def _refuse_no_file(path):
+    "Raise ValueError for what is there and is no file: a folder, or a pipe, whose end a reader would wait for."
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise ValueError(f"{path}: is no file; put the file itself there")
+
 # %% ../nbs/21_datasets.ipynb #ed0d3887
 _ENCODINGS = {  # UTF-32's mark begins with UTF-16's
     codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF32_BE: "UTF-32",
@@ -87,7 +93,8 @@ _ENCODINGS = {  # UTF-32's mark begins with UTF-16's
 _SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "vertical bars"}
 
 def _check_text(path):
-    "Raise ValueError for a CSV file, packed or not, whose header is not UTF-8 text or not separated by commas."
+    "Raise ValueError for no file, or one, packed or not, whose header is not UTF-8 text or not separated by commas."
+    _refuse_no_file(path)
     with (gzip.open if Path(path).suffix == ".gz" else open)(path, "rb") as file: start = file.read(1 << 16)
     encoding = next((name for mark, name in _ENCODINGS.items() if start.startswith(mark)), "")
     header = start.removeprefix(codecs.BOM_UTF8).lstrip(b"\r\n").partition(b"\n")[0]
@@ -121,14 +128,17 @@ def _header(path):
     if twice: raise ValueError(f"{path}: column '{twice[0]}' is there twice")
     return names
 
+# %% ../nbs/21_datasets.ipynb #1f82b4d0
+def _lacks(column, names):
+    "What is wrong with a table without a column, given the names of those it has."
+    return f"column '{column}' is missing; it has {', '.join(filter(None, names)) or 'no named column'}"
+
 # %% ../nbs/21_datasets.ipynb #1f82b4df
 def _read_table(path, columns, labels=()):
     "Columns of a CSV file as text, label columns as numbers; blank text stays blank, a field too many stops it."
     names = _header(path)
     missing = [c for c in (*columns, *labels) if c not in names]
-    if missing:
-        there = ", ".join(filter(None, names)) or "no named column"
-        raise ValueError(f"{path}: column '{missing[0]}' is missing; it has {there}")
+    if missing: raise ValueError(f"{path}: {_lacks(missing[0], names)}")
     # as categories, 14 labels of 227,827 studies are looked at in no time
     kinds = dict.fromkeys(columns, pa.string()) | dict.fromkeys(labels, pa.dictionary(pa.int32(), pa.string()))
     convert = pa.csv.ConvertOptions(column_types=kinds, include_columns=list(kinds), strings_can_be_null=False)
@@ -136,6 +146,9 @@ def _read_table(path, columns, labels=()):
         table = pa.csv.read_csv(path, _ONE_THREAD, pa.csv.ParseOptions(newlines_in_values=True), convert).to_pandas()
     if table.empty: raise ValueError(f"{path}: has a header and no rows")
     table[list(columns)] = table[list(columns)].apply(lambda column: column.str.strip())  # "p7 " is p7
+    for name in columns:
+        nul = table[name].str.contains("\0", regex=False)
+        _refuse(nul, path, lambda row: f", column '{name}': {table[name].iloc[row]!r} has a NUL character; take it out")
     return table.assign(**{label: _label_values(table[label], path) for label in labels})
 
 # %% ../nbs/21_datasets.ipynb #14f93110
@@ -423,7 +436,7 @@ def _compare_labelers(labels, negbio):
 def _mimic_reports(place):
     "A function that reads a report by its path, from the zip file or the folder."
     place = Path(place)
-    if zipfile.is_zipfile(place):
+    if place.is_file() and zipfile.is_zipfile(place):
         archive = zipfile.ZipFile(place)
         members = [m for m in archive.infolist() if m.filename.endswith(".txt") and "files/" in m.filename]
         by_path = {m.filename[m.filename.find("files/") :]: m for m in members}
@@ -1037,8 +1050,10 @@ def read_folder(
     known = [c for c in ("study_id", "sex", "age", "report_path") if c in header and c != key]
     of = {c: label for c in header for label in CHEXPERT_LABELS if slug(c) == slug(label)}
     lists = ["finding_labels"] if "finding_labels" in header else []
-    if not of and not lists:
-        raise ValueError(f"{path}: no labels; add a column finding_labels or one named like {CHEXPERT_LABELS[0]}")
+    missing = [c for c in needed if c not in header] + ["finding_labels"] * (not of and not lists)
+    if missing:
+        wanted = f"{', '.join(needed)} and finding_labels, or a column for each label, such as {CHEXPERT_LABELS[0]}"
+        raise ValueError(f"{path}: {_lacks(missing[0], header)}; needed are {wanted}, so spelt and separated by commas")
     if of and lists:
         raise ValueError(f"{path}: has finding_labels and column '{next(iter(of))}'; keep one kind of labels")
     if len(set(of.values())) < len(of):
@@ -1535,6 +1550,7 @@ def _numbered_rows(parts, seed, batch_size):
     "Batches of all parts, each row with its random number; a broken file is named."
     for part, path in enumerate(tqdm(parts, "drawing captions", unit="part", leave=False)):
         rng, start = np.random.default_rng([seed, part]), 0
+        _refuse_no_file(path)
         try:
             # read through a small buffer: a part may be one row group of a gigabyte
             file = pa.parquet.ParquetFile(path, buffer_size=1 << 22, pre_buffer=False)

@@ -501,7 +501,7 @@ BAD_PLAIN = {
     "no view": (lambda p: replaced(p, ",view,", ",projection,"), "column 'view' is missing"),
     "odd view": (lambda p: replaced(p, ",PA,", ",front,"), "row 3: view 'front' is none of AP, PA, lateral, blank"),
     "odd finding": (lambda p: replaced(p, "Effusion", "Efusion"), "row 3: finding 'Efusion' is none of"),
-    "no labels": (lambda p: replaced(p, "finding_labels", "notes"), "no labels; add a column finding_labels"),
+    "no labels": (lambda p: replaced(p, "finding_labels", "notes"), "column 'finding_labels' is missing; it has image, .*; needed are image, patient_id, view and finding_labels, or a column for each label"),
     "twice": (lambda p: replaced(p, "001.png", "000.png"), "row 3 repeats row 2"),
     "leaves": (lambda p: replaced(p, "001.png", "../001.png"), "row 3: path '../001.png' leads out"),
     "blank image": (lambda p: replaced(p, "001.png", ""), "row 3: image is blank"),
@@ -571,7 +571,7 @@ def test_no_message_names_nothing(tmp_path):
     with pytest.raises(ValueError, match="3 of 0 frontal images of an empty cohort asked for; give images"): sample_frontal(none, 3)
     with pytest.raises(ValueError, match="of 0 images of an empty cohort 0 are frontal"): few_shot_candidates(none, {}, 3)
     path.write_text(",\n1,2\n")
-    with pytest.raises(ValueError, match="it has no named column|no labels"): read_folder(tmp_path, "Mine")
+    with pytest.raises(ValueError, match="it has no named column"): read_folder(tmp_path, "Mine")
 
 
 def test_the_same_patient_with_a_stray_blank_is_the_same(tmp_path):
