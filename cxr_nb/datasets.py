@@ -577,12 +577,13 @@ def openi_archive() -> Path:
     return _packaged("NLMCXR_reports.tgz")
 
 # %% ../nbs/21_datasets.ipynb #d7fbcb01
-def _parse_openi(name, content):
+def _parse_openi(archive, name, content):
+    def wrong(why): return ValueError(f"{archive}: {name!r} is no readable Open-i report ({why}); download it again")
     try: root = ElementTree.fromstring(content)
-    except ElementTree.ParseError as error:
-        raise ValueError(f"{name}: not a readable Open-i report ({error})") from None
+    except (ElementTree.ParseError, LookupError, ValueError) as error:  # the last two for an encoding
+        raise wrong(error) from None
     uid = root.find("uId")
-    if uid is None: raise ValueError(f"{name}: not an Open-i report, it has no <uId>")
+    if uid is None or not uid.get("id", "").strip(): raise wrong("it has no <uId> with an id")
     sections = [(node.get("Label"), (node.text or "").strip()) for node in root.iter("AbstractText")]
     report = "\n".join(f"{label}: {text}" for label, text in sections)
     return {
@@ -622,9 +623,11 @@ def read_openi(
     report: a folder, a link, a device, a path that leads out of it.
     """
     archive = Path(archive or openi_archive())
+    _refuse_no_file(archive)
     try:
         with tarfile.open(archive, "r:gz") as tar:
-            rows = [_parse_openi(m.name, tar.extractfile(m).read()) for m in _members(tar, archive)]
+            rows = [_parse_openi(archive, m.name, tar.extractfile(m).read()) for m in _members(tar, archive)]
+            while tar.fileobj.read(1 << 20): pass  # to the end, where the checksum is
     except FileNotFoundError:
         raise FileNotFoundError(f"Open-i reports: no file {archive}") from None
     except (tarfile.TarError, zlib.error, EOFError, OSError) as error:
