@@ -63,9 +63,9 @@ def read_cohort(
 ) -> pd.DataFrame:
     "Read a cohort table; ids and paths stay text, labels are numbers; raises ValueError for what is none."
     text = {c: str for c in (*COHORT_COLUMNS, "inverted") if c not in _NUMBERS}
-    if Path(path).is_file(): _check_text(path)
+    _check_text(path)
     try: cohort = pd.read_csv(path, dtype=text, keep_default_na=False, na_values={c: [""] for c in _NUMBERS})
-    except (ValueError, IsADirectoryError) as error:
+    except ValueError as error:
         raise ValueError(f"{path}: not a cohort table ({' '.join(str(error).split())})") from None
     missing = [c for c in COHORT_COLUMNS if c not in cohort]
     if missing: raise ValueError(f"{path}: not a cohort table, column '{missing[0]}' is missing")
@@ -79,6 +79,12 @@ def _as_cohort(rows, source):
         ["study_id", "image_id", "image_path"], ignore_index=True
     )
 
+# %% ../nbs/21_datasets.ipynb #ed0d3880
+def _refuse_no_file(path):
+    "Raise ValueError for what is there and is no file: a folder, or a pipe, whose end a reader would wait for."
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise ValueError(f"{path}: is no file; put the file itself there")
+
 # %% ../nbs/21_datasets.ipynb #ed0d3887
 _ENCODINGS = {  # UTF-32's mark begins with UTF-16's
     codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF32_BE: "UTF-32",
@@ -87,7 +93,8 @@ _ENCODINGS = {  # UTF-32's mark begins with UTF-16's
 _SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "vertical bars"}
 
 def _check_text(path):
-    "Raise ValueError for a CSV file, packed or not, whose header is not UTF-8 text or not separated by commas."
+    "Raise ValueError for no file, or one, packed or not, whose header is not UTF-8 text or not separated by commas."
+    _refuse_no_file(path)
     with (gzip.open if Path(path).suffix == ".gz" else open)(path, "rb") as file: start = file.read(1 << 16)
     encoding = next((name for mark, name in _ENCODINGS.items() if start.startswith(mark)), "")
     header = start.removeprefix(codecs.BOM_UTF8).lstrip(b"\r\n").partition(b"\n")[0]
@@ -121,14 +128,17 @@ def _header(path):
     if twice: raise ValueError(f"{path}: column '{twice[0]}' is there twice")
     return names
 
+# %% ../nbs/21_datasets.ipynb #1f82b4d0
+def _lacks(column, names):
+    "What is wrong with a table without a column, given the names of those it has."
+    return f"column '{column}' is missing; it has {', '.join(filter(None, names)) or 'no named column'}"
+
 # %% ../nbs/21_datasets.ipynb #1f82b4df
 def _read_table(path, columns, labels=()):
     "Columns of a CSV file as text, label columns as numbers; blank text stays blank, a field too many stops it."
     names = _header(path)
     missing = [c for c in (*columns, *labels) if c not in names]
-    if missing:
-        there = ", ".join(filter(None, names)) or "no named column"
-        raise ValueError(f"{path}: column '{missing[0]}' is missing; it has {there}")
+    if missing: raise ValueError(f"{path}: {_lacks(missing[0], names)}")
     # as categories, 14 labels of 227,827 studies are looked at in no time
     kinds = dict.fromkeys(columns, pa.string()) | dict.fromkeys(labels, pa.dictionary(pa.int32(), pa.string()))
     convert = pa.csv.ConvertOptions(column_types=kinds, include_columns=list(kinds), strings_can_be_null=False)
@@ -136,6 +146,9 @@ def _read_table(path, columns, labels=()):
         table = pa.csv.read_csv(path, _ONE_THREAD, pa.csv.ParseOptions(newlines_in_values=True), convert).to_pandas()
     if table.empty: raise ValueError(f"{path}: has a header and no rows")
     table[list(columns)] = table[list(columns)].apply(lambda column: column.str.strip())  # "p7 " is p7
+    for name in columns:
+        nul = table[name].str.contains("\0", regex=False)
+        _refuse(nul, path, lambda row: f", column '{name}': {table[name].iloc[row]!r} has a NUL character; take it out")
     return table.assign(**{label: _label_values(table[label], path) for label in labels})
 
 # %% ../nbs/21_datasets.ipynb #14f93110
@@ -423,7 +436,7 @@ def _compare_labelers(labels, negbio):
 def _mimic_reports(place):
     "A function that reads a report by its path, from the zip file or the folder."
     place = Path(place)
-    if zipfile.is_zipfile(place):
+    if place.is_file() and zipfile.is_zipfile(place):
         archive = zipfile.ZipFile(place)
         members = [m for m in archive.infolist() if m.filename.endswith(".txt") and "files/" in m.filename]
         by_path = {m.filename[m.filename.find("files/") :]: m for m in members}
@@ -564,12 +577,13 @@ def openi_archive() -> Path:
     return _packaged("NLMCXR_reports.tgz")
 
 # %% ../nbs/21_datasets.ipynb #d7fbcb01
-def _parse_openi(name, content):
+def _parse_openi(archive, name, content):
+    def wrong(why): return ValueError(f"{archive}: {name!r} is no readable Open-i report ({why}); download it again")
     try: root = ElementTree.fromstring(content)
-    except ElementTree.ParseError as error:
-        raise ValueError(f"{name}: not a readable Open-i report ({error})") from None
+    except (ElementTree.ParseError, LookupError, ValueError) as error:  # the last two for an encoding
+        raise wrong(error) from None
     uid = root.find("uId")
-    if uid is None: raise ValueError(f"{name}: not an Open-i report, it has no <uId>")
+    if uid is None or not uid.get("id", "").strip(): raise wrong("it has no <uId> with an id")
     sections = [(node.get("Label"), (node.text or "").strip()) for node in root.iter("AbstractText")]
     report = "\n".join(f"{label}: {text}" for label, text in sections)
     return {
@@ -609,9 +623,11 @@ def read_openi(
     report: a folder, a link, a device, a path that leads out of it.
     """
     archive = Path(archive or openi_archive())
+    _refuse_no_file(archive)
     try:
         with tarfile.open(archive, "r:gz") as tar:
-            rows = [_parse_openi(m.name, tar.extractfile(m).read()) for m in _members(tar, archive)]
+            rows = [_parse_openi(archive, m.name, tar.extractfile(m).read()) for m in _members(tar, archive)]
+            while tar.fileobj.read(1 << 20): pass  # to the end, where the checksum is
     except FileNotFoundError:
         raise FileNotFoundError(f"Open-i reports: no file {archive}") from None
     except (tarfile.TarError, zlib.error, EOFError, OSError) as error:
@@ -1027,8 +1043,8 @@ def read_folder(
     """Read a plain folder of radiographs, or of reports alone; no image is opened.
 
     Raises FileNotFoundError for a folder without a CSV and ValueError for a
-    missing column, a label that is none, a row that stands there twice or a
-    path that leads out of the folder.
+    missing column, a label that is none, a row or an image that stands there
+    twice, also by a link, or a path that leads out of the folder.
     """
     path, folder = _folder_table(root)
     header = _header(path)
@@ -1037,8 +1053,10 @@ def read_folder(
     known = [c for c in ("study_id", "sex", "age", "report_path") if c in header and c != key]
     of = {c: label for c in header for label in CHEXPERT_LABELS if slug(c) == slug(label)}
     lists = ["finding_labels"] if "finding_labels" in header else []
-    if not of and not lists:
-        raise ValueError(f"{path}: no labels; add a column finding_labels or one named like {CHEXPERT_LABELS[0]}")
+    missing = [c for c in needed if c not in header] + ["finding_labels"] * (not of and not lists)
+    if missing:
+        wanted = f"{', '.join(needed)} and finding_labels, or a column for each label, such as {CHEXPERT_LABELS[0]}"
+        raise ValueError(f"{path}: {_lacks(missing[0], header)}; needed are {wanted}, so spelt and separated by commas")
     if of and lists:
         raise ValueError(f"{path}: has finding_labels and column '{next(iter(of))}'; keep one kind of labels")
     if len(set(of.values())) < len(of):
@@ -1052,6 +1070,17 @@ def read_folder(
     if not of:
         rows = rows.join(_labels_from_names(table.finding_labels, _FOLDER_FINDINGS, path, unlisted=np.nan))
     return _as_cohort(_folder_rows(rows, key, folder, path), source)
+
+# %% ../nbs/21_datasets.ipynb #e75168f0
+def _refuse_one_file_twice(places, folder, path):
+    "Raise ValueError for the first row whose image is the file of a row above by another name: one of them is a link."
+    first = {}
+    for row, place in enumerate(places):
+        try: file = os.stat(os.path.join(folder, place))
+        except OSError: continue  # said of an image that is looked at
+        above = first.setdefault((file.st_dev, file.st_ino), row)
+        one = f"the file of row {above + 2}, {places.iloc[above]!r}"
+        if above != row: raise ValueError(f"{path}: row {row + 2}: {place!r} is {one}; keep one")
 
 # %% ../nbs/21_datasets.ipynb #e75168ee
 _FOLDER_FINDINGS = NIH_FINDINGS | {label: label for label in CHEXPERT_LABELS}
@@ -1067,8 +1096,11 @@ def _folder_rows(rows, key, folder, path):
     if key == "study_id": return rows
     beside, inside = ({p.name for p in place.glob("*")} for place in (folder, folder / "images"))
     first = rows.image.str.partition("/")[0]
+    marked = rows.image.str.endswith(NEGATIVE)
+    _refuse(marked, path, lambda row: f": image {rows.image.iloc[row]!r} ends with {NEGATIVE}, a mark; rename the file")
     rows["image_path"] = np.where(first.isin(inside - beside), "images/" + rows.image, rows.image)
     _refuse_duplicates(rows[["image_path", "image"]], "image_path", path)
+    _refuse_one_file_twice(rows.image_path, folder, path)
     rows["image_id"] = rows.image.str.replace(r"(?i)\.(?:png|jpe?g)$", "", regex=True)
     _refuse_duplicates(rows[["image_id", "image"]], "image_id", path)
     if "study_id" not in rows: rows["study_id"] = ""
@@ -1521,6 +1553,7 @@ def _numbered_rows(parts, seed, batch_size):
     "Batches of all parts, each row with its random number; a broken file is named."
     for part, path in enumerate(tqdm(parts, "drawing captions", unit="part", leave=False)):
         rng, start = np.random.default_rng([seed, part]), 0
+        _refuse_no_file(path)
         try:
             # read through a small buffer: a part may be one row group of a gigabyte
             file = pa.parquet.ParquetFile(path, buffer_size=1 << 22, pre_buffer=False)
@@ -1620,6 +1653,14 @@ def read_reference_labels(
     for name in columns: _refuse(~table[name].isin([0, 1]), path, lambda row: f", column '{name}': is neither 1 nor 0")
     return table
 
+# %% ../nbs/21_datasets.ipynb #6acf2950
+def _own_place(place):
+    "A folder of the profile's own, below images/, blank for another; raises ValueError for a detour to one."
+    plain = posixpath.normpath(place)
+    if not plain.startswith("images/"): return ""
+    if plain == place: return place
+    raise ValueError(f"folders: {place!r}: write {plain} for the profile's own folder, or another's whole path")
+
 # %% ../nbs/21_datasets.ipynb #6acf294d
 RESTRICTED = ("CheXpert", "MIMIC-CXR")  # under a data use agreement
 
@@ -1627,7 +1668,11 @@ def named_folders(
     folders: list[str],  # each "Name=folder"; a folder that begins with images/ is the profile's own
     outputs: Path,  # outputs/<profile>
 ) -> dict[str, Path]:  # name -> folder
-    "Parse the parameter `folders`; raises ValueError for an entry without a name, and for a name that is taken."
+    """Parse the parameter `folders`.
+
+    Raises ValueError for an entry without a name, for a name that is taken and
+    for a folder of the profile's own by a detour: it has one spelling.
+    """
     found = {}
     for text in folders:
         name, _, place = (part.strip() for part in text.partition("="))
@@ -1636,27 +1681,24 @@ def named_folders(
         if slug(name) in taken: raise ValueError(f"folders: the name {name!r} is taken")
         if not slug(name) or re.match(r"(text|classes|few_shot|captions|sources)|.*_(sample|problems)$", slug(name)):
             raise ValueError(f"folders: {name!r} cannot name files beside the others in cohorts/; take another name")
-        found[name] = outputs / place if place.startswith("images/") else find_path(place)
+        found[name] = outputs / place if _own_place(place) else find_path(place)
     return found
 
 # %% ../nbs/21_datasets.ipynb #78e0a393
 MADE_HERE = ("images/phantoms", "images/phantom_reports")  # by 03_phantoms
-_PLACES = (
-    "chexpert", "chexpert_reports", "mimic_cxr", "mimic_cxr_reports", "openi_images", "nih", "laion_400m",
-    "few_shot_choice", "reference_labels",
-)
+_DATA = "chexpert", "chexpert_reports", "mimic_cxr", "mimic_cxr_reports", "openi_images", "nih", "laion_400m"
+_TABLES = "few_shot_choice", "reference_labels"  # what is shown of them is their path
 
 def places_of_others(
     parameters: dict,  # of 21_datasets
 ) -> list[str]:  # names of parameters
-    "Parameters that name data, or a file outside the project, that are not the project's own."
+    "Parameters that name data, or a file outside the project, not the project's own; raises as `named_folders` does."
+    def outside(place): return not find_path(place).resolve().is_relative_to(repo_root().resolve())
     lists = {n: [text.partition("=")[2].strip() for text in parameters[n]] for n in ("folders", "text_sources")}
-    named = {name: [parameters[name]] for name in _PLACES} | lists
-    def others(name, place):
-        if name in ("few_shot_choice", "reference_labels"):  # tables: what is shown of them is their path
-            return bool(place) and not find_path(place).resolve().is_relative_to(repo_root().resolve())
-        return bool(place) and posixpath.normpath(place) not in MADE_HERE
-    return [name for name, places in named.items() if any(others(name, place) for place in places)]
+    named = {name: bool(parameters[name]) for name in _DATA}
+    named |= {name: bool(place := parameters[name]) and outside(place) for name in _TABLES}
+    named |= {name: any(p and _own_place(p) not in MADE_HERE for p in places) for name, places in lists.items()}
+    return [name for name, others in named.items() if others]
 
 # %% ../nbs/21_datasets.ipynb #41eeea33
 def text_sets(

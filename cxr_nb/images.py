@@ -88,6 +88,7 @@ def is_dicom(
 ) -> bool:
     "Whether a file is DICOM, by its content or by a name such as x.dcm or x.dcm.gz; one that cannot be read is none."
     if {".dcm", ".dicom"} & {suffix.lower() for suffix in Path(path).suffixes}: return True
+    if not os.path.isfile(path): return False  # a pipe would be waited for
     try:
         with open(path, "rb") as file: head = file.read(132)
     except OSError: return False

@@ -312,10 +312,12 @@ def cached(
 
     Of several processes the first computes and the others wait, for as long as
     their backend's timeout: what takes longer is better made before the launch.
-    Raises ValueError for tensors that are not finite, of which nothing is written.
+    Raises ValueError for a path that is a folder, and for tensors that are not
+    finite, of which nothing is written.
     """
     path, known = Path(path), json.dumps(made_of, sort_keys=True)
     key = hashlib.sha256(known.encode()).hexdigest()
+    if path.exists() and not path.is_file(): raise ValueError(f"{path}: is no file; remove it, its place is the cache's")
     with _main_process_first():
         try: found = _read_cache(path, key) if path.exists() else None
         except (SafetensorError, ValueError, OSError) as error:

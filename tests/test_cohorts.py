@@ -22,7 +22,7 @@ import trees
 from conftest import ROOT
 from PIL import Image
 
-from cxr_nb import core
+from cxr_nb import core, datasets
 from cxr_nb.datasets import (
     CHEXPERT_LABELS, COHORT_COLUMNS, SPLITS, CohortImages, few_shot_candidates, image_paths, impression_section, openi_cohort, places_of_others, portable_place, read_chexpert, read_cohort,
     read_few_shot_choice, read_folder, read_mimic_cxr, read_nih, read_openi, read_reference_labels, read_sources, report_texts, sample_captions, sample_frontal, with_splits,
@@ -501,7 +501,7 @@ BAD_PLAIN = {
     "no view": (lambda p: replaced(p, ",view,", ",projection,"), "column 'view' is missing"),
     "odd view": (lambda p: replaced(p, ",PA,", ",front,"), "row 3: view 'front' is none of AP, PA, lateral, blank"),
     "odd finding": (lambda p: replaced(p, "Effusion", "Efusion"), "row 3: finding 'Efusion' is none of"),
-    "no labels": (lambda p: replaced(p, "finding_labels", "notes"), "no labels; add a column finding_labels"),
+    "no labels": (lambda p: replaced(p, "finding_labels", "notes"), "column 'finding_labels' is missing; it has image, .*; needed are image, patient_id, view and finding_labels, or a column for each label"),
     "twice": (lambda p: replaced(p, "001.png", "000.png"), "row 3 repeats row 2"),
     "leaves": (lambda p: replaced(p, "001.png", "../001.png"), "row 3: path '../001.png' leads out"),
     "blank image": (lambda p: replaced(p, "001.png", ""), "row 3: image is blank"),
@@ -571,7 +571,7 @@ def test_no_message_names_nothing(tmp_path):
     with pytest.raises(ValueError, match="3 of 0 frontal images of an empty cohort asked for; give images"): sample_frontal(none, 3)
     with pytest.raises(ValueError, match="of 0 images of an empty cohort 0 are frontal"): few_shot_candidates(none, {}, 3)
     path.write_text(",\n1,2\n")
-    with pytest.raises(ValueError, match="it has no named column|no labels"): read_folder(tmp_path, "Mine")
+    with pytest.raises(ValueError, match="it has no named column"): read_folder(tmp_path, "Mine")
 
 
 def test_the_same_patient_with_a_stray_blank_is_the_same(tmp_path):
@@ -867,17 +867,35 @@ def edited_choice(cohorts, base):
 
 
 @pytest.fixture(scope="module")
-def project(tmp_path_factory, copy_project, base, edited_choice):
+def turned(base):
+    "A plain data set of 24 frontal phantoms, the first three stored as negatives; their ids."
+    names = write_phantoms(base / "turned", 12, seed=3).query("view != 'lateral'").image.iloc[:3]
+    for name in names: Image.fromarray(255 - np.asarray(Image.open(base / "turned/images" / name).convert("L"))).save(base / "turned/images" / name)
+    return set(names.str.removesuffix(".png"))
+
+
+def without_tests(path):
+    "Take a notebook's test cells out, which nbdev_test runs: what defines and what reports stays."
+    notebook = json.loads(path.read_text())
+    stays = ("#|", "import ", "profile: ", "run = Run(", "reports = read_openi()")
+    notebook["cells"] = [c for c in notebook["cells"] if c["cell_type"] == "code" and "".join(c["source"]).startswith(stays)]
+    path.write_text(json.dumps(notebook))
+    return ["".join(c["source"]) for c in notebook["cells"]]
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory, copy_project, base, turned, edited_choice):
     "A copy of the project with a profile that names a small tree of every data set."
     copy = copy_project(tmp_path_factory.mktemp("project"))
+    without_tests(copy / "nbs/21_datasets.ipynb")
     (copy / "data").mkdir()
     for name in ("chexpert", "mimic", "nih", "openi", "reports"): (copy / "data" / name).symlink_to(base / name)
-    trees.plain(copy / "data/mine", reports=True)
+    (copy / "data/mine").symlink_to(base / "turned")
     trees.laion(copy / "data/laion")
     edited_choice.to_csv(copy / "mine.csv", index=False)
     profile = (copy / "nbs/profiles/smoke.yaml").read_text()
     for key, value in {"chexpert": "data/chexpert", "mimic_cxr": "data/mimic", "mimic_cxr_reports": "data/reports", "openi_images": "data/openi", "nih": "data/nih",
-                       "folders": "[Mine=data/mine]", "laion_400m": "data/laion", "sample_size": 8, "few_shot_source": "CheXpert", "few_shot": 2, "few_shot_choice": "mine.csv", "check_files": "true"}.items():
+                       "folders": "[Mine=data/mine]", "laion_400m": "data/laion", "sample_size": 24, "inverted": "invert", "text_sources": "[Open-i]", "few_shot_source": "CheXpert", "few_shot": 2, "few_shot_choice": "mine.csv", "check_files": "true"}.items():
         old = next(line for line in profile.splitlines() if line.startswith(f"  {key}: "))
         profile = profile.replace(old, f"  {key}: {value}")
     (copy / "nbs/profiles/all.yaml").write_text(profile.replace("sources: [Phantoms]", "sources: [CheXpert]").replace(" source: Phantoms", " source: CheXpert"))
@@ -897,7 +915,7 @@ def test_the_notebook_writes_a_cohort_of_every_data_set(ran):
     for name in ("chexpert", "mimic_cxr", "open_i", "nih_chestx_ray14", "mine"):
         cohort, sample = (read_cohort(ran / f"cohorts/{name}{kind}.csv") for kind in ("", "_sample"))
         assert cohort.groupby("patient_id").split.nunique().max() == 1
-        assert len(sample) == 8 and sample["view"].isin(["AP", "PA"]).all() and set(sample.image_id) <= set(cohort.image_id)
+        assert len(sample) == 24 and sample["view"].isin(["AP", "PA"]).all() and set(sample.image_id) <= set(cohort.image_id)
         assert (ran / f"figures/cohort_sample_{name}.webp").stat().st_size > 3_000
     captions = pd.read_parquet(ran / "cohorts/captions.parquet")
     assert len(captions) == 100 and record["results"]["captions"]["null"] == 3
@@ -927,70 +945,67 @@ def test_another_edit_of_the_choice_runs_it_again(ran, project, run_in):
     assert would_run()
 
 
-def test_a_broken_image_stops_the_run_before_anything_is_written(project, run_in, tmp_path):
+@pytest.fixture
+def reported(tmp_path, monkeypatch):
+    "A function that runs what 21_datasets reports of one plain folder, here; where it stopped, its error and the files it wrote."
+    shutil.copy(ROOT / "nbs/21_datasets.ipynb", tmp_path)
+    monkeypatch.setenv("CXR_NB_OUTPUTS", str(tmp_path / "outputs"))
+
+    def run(place, **values):
+        values |= {"folders": [f"Mine={place}"], "text_sources": ["Open-i"], "few_shot_source": ""}
+        names = dict(vars(datasets))
+        with pytest.raises(ValueError) as caught:
+            for cell in without_tests(tmp_path / "21_datasets.ipynb"):
+                if not cell.startswith("#| export"): exec(cell, names)
+                if cell.startswith("profile: "): names |= core.resolve_parameters("21_datasets", "smoke", values)
+        return str(caught.value), {p.name for p in (tmp_path / "outputs").rglob("*") if p.is_file()}
+    return run
+
+
+def test_a_broken_image_stops_the_run_before_anything_is_written(reported, tmp_path):
     trees.plain(tmp_path / "spoilt")
     cut(tmp_path / "spoilt/images/001.png")
-    done = run_in(project, "cxr_nb", "run", "21_datasets", "--profile", "smoke", "-p", "folders", f"[Mine={tmp_path}/spoilt]", "-p", "text_sources", "[Open-i]", "-p", "sample_size", 18)
-    assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert "ValueError: Mine: 1 of 18 images cannot be used; row 0 of the sample: " in done.stderr and "001.png: is broken or truncated" in done.stderr
-    written = {p.relative_to(project / "outputs/smoke").as_posix() for p in project.glob("outputs/smoke/**/*") if p.is_file()}
-    assert {Path(p).name for p in written if "cohorts/" in p} == {"mine_problems.csv"} and not any("records/" in p for p in written)
+    line, written = reported(tmp_path / "spoilt", sample_size=18)
+    assert line.startswith("Mine: 1 of 18 images cannot be used; row 0 of the sample: ") and "001.png: is broken or truncated" in line and "\n" not in line
+    assert written == {"mine_problems.csv"}
 
 
-def inverted_copy(folder):
-    "A plain data set of phantoms whose first three frontal images are stored as negatives; their ids."
-    table = write_phantoms(folder, 12, seed=3)
-    names = table[table["view"] != "lateral"].image.iloc[:3]
-    for name in names: Image.fromarray(255 - np.asarray(Image.open(folder / "images" / name).convert("L"))).save(folder / "images" / name)
-    return set(names.str.removesuffix(".png"))
+def test_inverted_images_are_refused(reported, base, turned):
+    line, written = reported(base / "turned", sample_size=24)
+    assert line.startswith("Mine: 3 of 24 images look inverted") and "\n" not in line and written == {"cohort_inverted_mine.webp"}
 
 
-def test_inverted_images_are_refused_or_read_by_choice(project, run_in, tmp_path):
-    ids, place = inverted_copy(tmp_path / "turned"), tmp_path / "turned"
-    n = (read_folder(place, "Mine")["view"] != "lateral").sum()
-    given = ["-p", "folders", f"[Mine={place}]", "-p", "text_sources", "[Open-i]", "-p", "sample_size", n, "-p", "few_shot_source", "", "-p", "few_shot_choice", ""]
-    done = run_in(project, "cxr_nb", "run", "21_datasets", "--profile", "smoke", *given)
-    def written(name): return sorted(project.glob(f"outputs/smoke/**/{name}"))
-    assert done.returncode == 1 and f"ValueError: Mine: 3 of {n} images look inverted" in done.stderr and "Traceback" not in done.stderr
-    assert len(written("cohort_inverted_mine.webp")) == 1 and not written("mine_sample.csv")
-    done = run_in(project, "cxr_nb", "run", "21_datasets", "--profile", "smoke", "-p", "inverted", "invert", *given)
-    assert done.returncode == 0, done.stderr[-3000:]
-    (place_of_sample,) = written("mine_sample.csv")
-    sample = read_cohort(place_of_sample)
-    assert set(sample.image_id[sample.inverted == "invert"]) == ids and set(sample.inverted) == {"invert", ""}
-    assert not any(inverted_images(image_paths(sample, {"Mine": place})))
-    record = json.loads((place_of_sample.parents[1] / "records/21_datasets.json").read_text())
-    assert record["results"]["cohorts"]["Mine"]["inverted"] == 3
-    shutil.rmtree(project / "outputs/smoke")
+def test_inverted_images_are_read_by_choice(ran, base, turned):
+    sample = read_cohort(ran / "cohorts/mine_sample.csv")
+    assert set(sample.image_id[sample.inverted == "invert"]) == turned and set(sample.inverted) == {"invert", ""}
+    assert not any(inverted_images(image_paths(sample, {"Mine": base / "turned"})))
+    record = json.loads((ran / "records/21_datasets.json").read_text())
+    assert record["results"]["cohorts"]["Mine"]["inverted"] == 3 and (ran / "figures/cohort_inverted_mine.webp").exists()
 
 
-def test_negatives_are_not_proposed_as_few_shot_images(tmp_path):
-    ids, place = inverted_copy(tmp_path), tmp_path
+def test_negatives_are_not_proposed_as_few_shot_images(base, turned):
+    place = base / "turned"
     cohort = read_folder(place, "Mine").assign(split="train", **{label: np.nan for label in CHEXPERT_LABELS})
     cohort["No Finding"], cohort["Pleural Effusion"] = (np.where(cohort.index % 2 == odd, 1, np.nan) for odd in (0, 1))
     rows = few_shot_candidates(cohort.assign(other_findings="", patient_id=cohort.image_id), {"Mine": place}, 2)
-    turned = rows.image_id.isin(ids)
-    assert turned.any() and (rows.excluded.str.startswith("inverted") | rows.excluded.str.startswith("c"))[turned].all() and not rows.chosen[turned].any()
-    assert not rows.excluded[~turned].str.startswith("inverted").any()
+    negative = rows.image_id.isin(turned)
+    assert negative.any() and (rows.excluded.str.startswith("inverted") | rows.excluded.str.startswith("c"))[negative].all() and not rows.chosen[negative].any()
+    assert not rows.excluded[~negative].str.startswith("inverted").any()
 
 
-def refused_by_demo(project, run_in, copy, **values):
-    "Name data in the demo's own section, in a clone; returns the one line, after a look that git would track nothing of the run."
-    shutil.copytree(project, copy, symlinks=True, ignore=shutil.ignore_patterns("outputs", ".snakemake"))
+def test_data_of_others_stay_out_of_what_git_tracks(project, run_in, tmp_path):
+    "A clone whose demo names patients under an agreement, reports and captions: one line, and a look at what git would track of the run."
+    copy = shutil.copytree(project, tmp_path / "clone", symlinks=True, ignore=shutil.ignore_patterns("outputs", ".snakemake"))
     subprocess.run(["git", "init", "-q", copy], check=True)
     path = copy / "nbs/profiles/demo.yaml"
     sections = yaml.safe_load(path.read_text())
-    sections["21_datasets"] |= values
+    sections["21_datasets"] |= {"chexpert": "data/chexpert", "text_sources": ["Open-i", "Mine=data/mine"], "laion_400m": "data/laion"}
     path.write_text(yaml.safe_dump(sections))
     done = run_in(copy, "cxr_nb", "run", "21_datasets")
     tracked = subprocess.run(["git", "-C", copy, "status", "--porcelain", "--untracked-files=all", "outputs"], capture_output=True, text=True, check=True)
     assert done.returncode == 1 and tracked.stdout == ""
-    return done.stderr
-
-
-def test_patients_under_an_agreement_stay_out_of_what_git_tracks(project, run_in, tmp_path):
-    line = refused_by_demo(project, run_in, tmp_path / "clone", chexpert="data/chexpert")
-    assert "chexpert: git tracks outputs/demo, and pictures, reports and paths of somebody's own, which a data use agreement may protect" in line
+    named = "chexpert, laion_400m, text_sources: git tracks outputs/demo, and pictures, reports and paths of somebody's own"
+    assert f"{named}, which a data use agreement may protect, do not belong" in done.stderr
     # a run with other values than the demo's goes where git looks away
     place = core.run_folder("21_datasets", core.resolve_parameters("21_datasets", "demo", {"chexpert": "data/chexpert"}))
     assert not core.git_would_track(place / "figures/a.png")
@@ -1008,12 +1023,7 @@ def test_every_parameter_that_names_a_place_is_asked_whose_it_is():
         for place in ("/data/x", "../x"):
             given = [f"Mine={place}"] if kind == "list" else place
             assert places_of_others(defaults | {name: given}) == [name]
-    for place in ("images/mine", "images/phantoms/../../x", "data/mine"): assert places_of_others(defaults | {"folders": [f"Mine={place}"]}) == ["folders"]
-
-
-def test_pictures_and_reports_of_others_stay_out_of_what_git_tracks(project, run_in, tmp_path):
-    line = refused_by_demo(project, run_in, tmp_path / "clone", text_sources=["Open-i", "Mine=data/mine"], laion_400m="data/laion")
-    assert "text_sources, laion_400m: git tracks outputs/demo, and pictures, reports and paths of somebody's own" in line
+    for place in ("images/mine", "images/phantoms/../../x", "data/mine", "imagesx/phantoms"): assert places_of_others(defaults | {"folders": [f"Mine={place}"]}) == ["folders"]
 
 
 def test_paths_of_a_cohort_do_not_name_this_machine(ran, project):

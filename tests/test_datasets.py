@@ -41,8 +41,12 @@ def test_archive_is_read_in_order_of_ids_whatever_its_own(archive):
 
 
 @pytest.mark.parametrize("files, message", [
-    ({"1.xml": b"<eCitation>"}, "1.xml: not a readable Open-i report"),
-    ({"1.xml": b"<eCitation/>"}, "1.xml: not an Open-i report, it has no <uId>"),
+    ({"1.xml": b"<eCitation>"}, "reports.tgz: '1.xml' is no readable Open-i report .no element found.*; download it again"),
+    ({"1.xml": b'<?xml version="1.0" encoding="zzz"?><e/>'}, "reports.tgz: '1.xml' is no readable Open-i report .unknown encoding: zzz"),
+    ({"1.xml": b'<?xml version="1.0" encoding="gb18030"?><e/>'}, "reports.tgz: '1.xml' is no readable Open-i report .multi-byte encodings"),
+    ({"1.xml": b"<eCitation/>"}, "reports.tgz: '1.xml' is no readable Open-i report .it has no <uId> with an id"),
+    ({"1.xml": b"<eCitation><uId/></eCitation>"}, "'1.xml' is no readable Open-i report .it has no <uId> with an id"),
+    ({"1.xml": report(" ")}, "'1.xml' is no readable Open-i report .it has no <uId> with an id"),
     ({"1.txt": b"x"}, "reports.tgz: holds no .xml report"),
     ({"1.xml": report("CXR1"), "2.xml": report("CXR1")}, "study CXR1 is there twice"),
 ])
@@ -51,7 +55,8 @@ def test_archives_with_wrong_content_are_refused(archive, files, message):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("spoil", [lambda b: b[: len(b) // 2], lambda b: b"", lambda b: b"not an archive", lambda b: b[:200] + b"\0" * 50 + b[250:]])
+@pytest.mark.parametrize("spoil", [lambda b: b[: len(b) // 2], lambda b: b"", lambda b: b"not an archive", lambda b: b[:200] + b"\0" * 50 + b[250:],
+                                   lambda b: b[:-4], lambda b: b[:-5] + bytes([b[-5] ^ 1]) + b[-4:]])
 def test_broken_archives_are_refused(tmp_path, spoil):
     path = tmp_path / "broken.tgz"
     path.write_bytes(spoil(openi_archive().read_bytes()))

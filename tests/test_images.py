@@ -128,6 +128,7 @@ def test_what_never_ends_is_no_image_file(tmp_path):
     (tmp_path / "zero.png").symlink_to("/dev/zero")
     for name in ("pipe.png", "zero.png"):
         for decode in (True, False): assert image_problems([tmp_path / name], decode) == [f"{tmp_path / name}: no such image file"]
+    assert first_dicom(tmp_path) is None
 
 
 # EXIF 2.32, Orientation: which side of the shown image the stored 0th row is, and which the stored 0th column
