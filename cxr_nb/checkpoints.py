@@ -10,9 +10,12 @@ import json
 import os
 import re
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from fnmatch import filter as matching
 from pathlib import Path
+from threading import Thread
+from urllib.parse import urljoin, urlsplit
 
 from huggingface_hub import HfApi, constants, get_hf_file_metadata, hf_hub_download, hf_hub_url, snapshot_download
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
@@ -54,8 +57,10 @@ class NotAsAnnounced(ValueError): "What a hub gave is not what it announced, or 
 
 # %% ../nbs/03_checkpoints.ipynb #92fd098f
 def _announced_hash(entry):
-    "Algorithm and digest of an entry of a listing."
-    return ("sha256", entry["lfs"]["oid"]) if entry.get("lfs") else ("git-sha1", entry["oid"])
+    "Algorithm and digest of an entry of a listing; raises TypeError for what is no digest."
+    algorithm, holder = ("sha256", entry["lfs"]) if entry.get("lfs") else ("git-sha1", entry)
+    if re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", holder["oid"]): return algorithm, holder["oid"]
+    raise TypeError(f"{holder['oid']!r} is no digest")
 
 # %% ../nbs/03_checkpoints.ipynb #0f3d1545
 def _check_names(names):
@@ -65,15 +70,42 @@ def _check_names(names):
             raise NotAsAnnounced(f"its listing names {name[:60]!r}, which is no path inside a repository")
 
 # %% ../nbs/03_checkpoints.ipynb #0b0be9a8
-def _announced(location, commit):
-    "What the hub says of the files at a commit: path -> (algorithm, digest)."
+def _in_time(ask, *about):
+    "What the hub answers; raises TimeoutError for one that takes too long, whatever it sends in the meantime."
+    def run():
+        try: answer.set_result(ask(*about))
+        except Exception as error: answer.set_exception(error)
+    answer, seconds = Future(), 6 * constants.HF_HUB_ETAG_TIMEOUT
+    Thread(target=run, daemon=True).start()  # a socket's own timeout begins anew with every byte
+    try: return answer.result(seconds)
+    except TimeoutError: raise TimeoutError(f"its listing was not whole after {seconds:g} seconds") from None
+
+# %% ../nbs/03_checkpoints.ipynb #599504b9
+_PAGES = 100  # of a listing at most; the hub puts 1,000 files on one
+
+def _next_page(answer):
+    "Where a listing goes on, or None; raises NotAsAnnounced for another host, which would be sent the token."
+    if "next" not in answer.links: return None
+    address = urljoin(str(answer.url), answer.links["next"]["url"])
+    if urlsplit(address)[:2] == urlsplit(constants.ENDPOINT)[:2]: return address
+    raise NotAsAnnounced(f"its listing goes on at {address[:60]}, and not at {constants.ENDPOINT}")
+
+# %% ../nbs/03_checkpoints.ipynb #0bfacf95
+def _entries(location, commit):
+    "The hub's listing of the files at a commit, from all its pages; raises NotAsAnnounced for one that does not end."
     # HfApi.list_repo_tree has no timeout
     address, entries = f"{constants.ENDPOINT}/api/models/{location}/tree/{commit}?recursive=true", []
-    while address:
+    for _ in range(_PAGES):
         answer = get_session().get(address, headers=build_hf_headers(), timeout=constants.HF_HUB_ETAG_TIMEOUT)
         hf_raise_for_status(answer)
         entries += answer.json()
-        address = answer.links.get("next", {}).get("url")
+        if not (address := _next_page(answer)): return entries
+    raise NotAsAnnounced(f"its listing has more than {_PAGES} pages")
+
+# %% ../nbs/03_checkpoints.ipynb #5ed84377
+def _announced(location, commit):
+    "What the hub says of the files at a commit: path -> (algorithm, digest)."
+    entries = _in_time(_entries, location, commit)
     files = {entry["path"]: _announced_hash(entry) for entry in entries if entry["type"] == "file"}
     _check_names(files)
     return files
@@ -82,7 +114,8 @@ def _announced(location, commit):
 def _commit(location, revision):
     "The commit that a revision is; the newest of the main branch for None."
     if revision and re.fullmatch("[0-9a-f]{40}", revision): return revision
-    commit = HfApi().model_info(location, revision=revision, timeout=constants.HF_HUB_ETAG_TIMEOUT).sha
+    info = lambda: HfApi().model_info(location, revision=revision, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+    commit = _in_time(info).sha
     if not re.fullmatch(r"\w+", commit): raise NotAsAnnounced(f"it names {commit[:60]!r}, which is no commit")
     return commit
 
@@ -184,6 +217,18 @@ def _fetched(location, commit, files, announced, what):
         _compare(folder, [file], announced, what)
     return folder
 
+# %% ../nbs/03_checkpoints.ipynb #3f5f6d58
+_MALFORMED = TypeError, KeyError, AttributeError, RecursionError, json.JSONDecodeError, UnicodeDecodeError
+
+def _why(error):
+    "What went wrong with a hub, in a few words."
+    kinds, answer = [kind.__name__ for kind in type(error).__mro__], getattr(error, "response", None)
+    if answer is not None: return f"{answer.status_code} {answer.reason_phrase}"
+    if isinstance(error, _MALFORMED): return "malformed listing"  # as it shows where it is read
+    if isinstance(error, TimeoutError): return str(error)
+    if any("Timeout" in kind for kind in kinds): return f"no answer in {constants.HF_HUB_ETAG_TIMEOUT} seconds"
+    return kinds[0]
+
 # %% ../nbs/03_checkpoints.ipynb #7911d7d4
 @contextmanager
 def _hub_errors_in_one_line(location, revision, what, instead):
@@ -192,9 +237,7 @@ def _hub_errors_in_one_line(location, revision, what, instead):
     except NotAsAnnounced as error:
         raise error if str(error).startswith(what) else NotAsAnnounced(f"{what}: {location}: {error}") from None
     except Exception as error:  # a lost connection shows as any of several libraries' errors
-        kinds = [kind.__name__ for kind in type(error).__mro__]
-        why, status = kinds[0], getattr(getattr(error, "response", None), "status_code", None)
-        if any("Timeout" in kind for kind in kinds): why = f"no answer in {constants.HF_HUB_ETAG_TIMEOUT} seconds"
+        why, status = _why(error), getattr(getattr(error, "response", None), "status_code", None)
         at = f" --revision {revision}" if revision else ""
         todo = f"where there is a network run 'hf download {location}{at} --local-dir FOLDER' and {instead}"
         if status in (401, 403):
