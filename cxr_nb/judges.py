@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
-from .checkpoints import find_checkpoint, read_settings, split_place
+from .checkpoints import check_finite, find_checkpoint, load_network, read_settings, split_place
 from .core import find_path, sha256, torch_device, written_whole
 
 # %% ../nbs/04_judges.ipynb #d0ebfb92
@@ -186,8 +186,10 @@ def _published_classifier(name):
     path = _downloaded(about["weights_url"], utils.get_cache_dir(), what)
     saved = _opened(path, what, weights_only=False, pickle_module=_READER)
     model = models.DenseNet(weights=None)
-    try: model.load_state_dict({k: v for k, v in saved.state_dict().items() if k != "op_threshs"})
-    except (AttributeError, RuntimeError) as error:
+    try:
+        model.load_state_dict({k: v for k, v in saved.state_dict().items() if k != "op_threshs"})
+        check_finite(model, "weights")
+    except (AttributeError, RuntimeError, ValueError) as error:
         why = " ".join(str(error).split())[:160]
         raise ValueError(f"{what}: {path} holds no DenseNet-121 ({why}); delete it and download it again") from None
     model.op_threshs = torch.tensor(about["op_threshs"])
@@ -201,8 +203,10 @@ def _local_classifier(folder, name):
     try: model = build_classifier(config)
     except Exception as error:  # values that are no shape show as any
         raise ValueError(f"{what}: config.json describes no DenseNet ({type(error).__name__}: {error})") from None
-    try: model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in load_file(path).items()})
-    except (RuntimeError, SafetensorError) as error:
+    try:
+        model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in load_file(path).items()})
+        check_finite(model, "weights")
+    except (RuntimeError, SafetensorError, ValueError) as error:
         why = " ".join(str(error).split())[:200]
         raise ValueError(f"{what}: model.safetensors does not fit config.json or is not whole ({why})") from None
     return Classifier(name, model, list(config["targets"]), config["image_size"], sha256(path))
@@ -306,29 +310,62 @@ def _inception(layer, device):
         return network((colour * 255).round().byte())
     return Extractor(name, f"{RESIZE}, to {network.INPUT_IMAGE_SIZE}", embed)
 
+# %% ../nbs/04_judges.ipynb #70375d3a
+def _side(size):
+    "Pixels a side of square images, as preprocessor settings may say it; None where they do not."
+    if isinstance(size, dict):
+        size = size.get("shortest_edge", size.get("height") if size.get("height") == size.get("width") else None)
+    return size if type(size) is int and size > 0 else None
+
+def _by_channel(values, above):
+    "Three finite numbers above a bound; None for anything else."
+    fit = isinstance(values, list) and len(values) == 3
+    return values if fit and all(type(v) in (int, float) and above < v < np.inf for v in values) else None
+
+# %% ../nbs/04_judges.ipynb #79f80c93
+_EXPECTED = {
+    "size": 'a number of pixels, {"height": 224, "width": 224} or {"shortest_edge": 224}',
+    "image_mean": "a list of three numbers", "image_std": "a list of three numbers above 0",
+}
+
+def _preprocessing(folder, what):
+    "Pixels a side, means and standard deviations by channel; ValueError for other settings."
+    told = read_settings(folder / "preprocessor_config.json", what)
+    if lost := [key for key in _EXPECTED if key not in told]:
+        raise ValueError(f"{what}: preprocessor_config.json lacks {', '.join(lost)}")
+    found = {"size": _side(told["size"])}
+    found |= {key: _by_channel(told[key], above) for key, above in (("image_mean", -np.inf), ("image_std", 0))}
+    for key in (key for key, value in found.items() if value is None):
+        raise ValueError(f"{what}: preprocessor_config.json: {key} is {_EXPECTED[key]}, not {str(told[key])[:60]}")
+    return found.values()
+
+# %% ../nbs/04_judges.ipynb #09f6b063
+def _check_sees(folder, what):
+    "Raise ValueError for a config.json that is not of a vision model of transformers."
+    from transformers import CONFIG_MAPPING, MODEL_MAPPING
+    kind = read_settings(folder / "config.json", what).get("model_type")
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
+        raise ValueError(f"{what}: config.json says model_type {kind!r}, which transformers does not know; "
+                         "code that comes with a model is not run")
+    if getattr(MODEL_MAPPING.get(CONFIG_MAPPING[kind], None), "main_input_name", "") != "pixel_values":
+        raise ValueError(f"{what}: config.json says model_type {kind!r}; a vision model's is expected, such as 'vit'")
+
 # %% ../nbs/04_judges.ipynb #7b0f5d11
 def _vision_model(folder, name, device):
     "A vision model of transformers, fed as the file beside it says."
-    from transformers import CONFIG_MAPPING, AutoModel
-    told = read_settings(folder / "preprocessor_config.json", f"extractor {folder}")
-    if lost := [key for key in ("size", "image_mean", "image_std") if key not in told]:
-        raise ValueError(f"extractor {folder}: preprocessor_config.json lacks {', '.join(lost)}")
-    kind = read_settings(folder / "config.json", f"extractor {folder}").get("model_type")
-    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
-        raise ValueError(f"extractor {folder}: config.json says model_type {kind!r}, which transformers does not know; "
-                         "code that comes with a model is not run")
-    try:
-        model = AutoModel.from_pretrained(
-            folder, dtype=torch.float32, use_safetensors=True, local_files_only=True, trust_remote_code=False
-        ).eval()
-    except Exception as error:  # settings that do not fit show as any
-        raise ValueError(f"extractor {folder}: {type(error).__name__}: {' '.join(str(error).split())[:160]}") from None
-    model.to(torch_device(device))
-    size = next(iter(told["size"].values()))  # of the shortest edge, or of either side: images are square here
-    mean, std = (torch.tensor(told[key], device=model.device).view(3, 1, 1) for key in ("image_mean", "image_std"))
+    from transformers import AutoModel
+    what = f"extractor {folder}"
+    size, *by_channel = _preprocessing(folder, what)
+    _check_sees(folder, what)
+    model = load_network(AutoModel, folder, what, dtype=torch.float32, use_safetensors=True).to(torch_device(device))
+    mean, std = (torch.tensor(values, device=model.device).view(3, 1, 1) for values in by_channel)
     def embed(images):
         colour = _resized(images.to(model.device).expand(-1, 3, -1, -1), size)
         return model(pixel_values=(colour - mean) / std).pooler_output.flatten(1)
+    try: embed(torch.zeros(1, 1, size, size))
+    except Exception as error:  # settings that do not fit one another show as any
+        why = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+        raise ValueError(f"{what} gives no features of an image of {size} pixels ({why})") from None
     return Extractor(name, f"{RESIZE}, to {size}", embed)
 
 # %% ../nbs/04_judges.ipynb #3e196055

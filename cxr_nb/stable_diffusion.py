@@ -18,7 +18,8 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
-from .checkpoints import choose_files, files_in, find_checkpoint, read_settings, split_place
+from .checkpoints import (
+    choose_files, files_in, find_checkpoint, load_network, load_quietly, read_settings, split_place)
 from .core import sha256, torch_device, written_whole
 from .judges import unit_images
 
@@ -54,41 +55,18 @@ def components_folder(
     return find_checkpoint(*split_place(source), lambda names: _needs(parts), "Stable Diffusion", instead, besides)
 
 # %% ../nbs/22_stable_diffusion.ipynb #6561860b
-def _load_quietly(kind, folder, **how):
-    "A from_pretrained without its warnings and bars: what they say is checked right after."
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-    loggers = diffusers_logging, transformers_logging
-    levels, bars = [log.get_verbosity() for log in loggers], transformers_logging.is_progress_bar_enabled()
-    for log in loggers: log.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try: return kind.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **how)
-    finally:
-        for log, level in zip(loggers, levels): log.set_verbosity(level)
-        if bars: transformers_logging.enable_progress_bar()
-
-def _unreadable(what, part, error):
-    "A broken file shows as any of several libraries' errors."
-    return ValueError(f"{what}: {part} cannot be read ({type(error).__name__}: {' '.join(str(error).split())[:160]})")
-
 def _load_network(part, folder, dtype, what):
-    "A part with weights; ValueError where they cannot be read, are not all there, or do not fit."
+    "A part with weights; raises what `load_network` raises."
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextModel
     kind = {"vae": AutoencoderKL, "unet": UNet2DConditionModel, "text_encoder": CLIPTextModel}[part]
     precision = {"dtype" if part == "text_encoder" else "torch_dtype": dtype}
-    try: model, info = _load_quietly(kind, folder, output_loading_info=True, **precision)
-    except Exception as error: raise _unreadable(what, part, error) from None
-    wrong = [*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])]
-    lost = sorted(key for key in wrong if "position_ids" not in key)
-    if lost: raise ValueError(f"{what}: {part} lacks {len(lost)} weights, the first is {lost[0]}")
-    return model.eval().requires_grad_(False)
+    return load_network(kind, folder, f"{what}: {part}", **precision)
 
 # %% ../nbs/22_stable_diffusion.ipynb #28eec966
 def _load_tokenizer(folder, what):
     from transformers import CLIPTokenizer
-    try: tokenizer = _load_quietly(CLIPTokenizer, folder)
-    except Exception as error: raise _unreadable(what, "tokenizer", error) from None
+    tokenizer = load_quietly(CLIPTokenizer, folder, f"{what}: tokenizer")
     # one that does not find its files knows its two special tokens
     if len(tokenizer) < 258: raise ValueError(f"{what}: its tokenizer knows {len(tokenizer)} tokens, no CLIP's")
     return tokenizer
@@ -99,8 +77,7 @@ def _load_scheduler(folder, what):
     kind = getattr(diffusers, str(name), None)
     if not (isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)):
         raise ValueError(f"{what}: scheduler '{name}' is none of diffusers'")
-    try: return _load_quietly(kind, folder)
-    except Exception as error: raise _unreadable(what, "scheduler", error) from None
+    return load_quietly(kind, folder, f"{what}: scheduler")
 
 def _load(part, folder, device, dtype, what):
     if part == "tokenizer": return _load_tokenizer(folder / part, what)

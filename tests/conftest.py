@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import urlparse
@@ -60,7 +61,8 @@ def hub():
     """A function that serves folders as repositories of a Hugging Face hub on this machine: (address, list of paths asked for).
 
     Weights are announced as large files. It can misbehave: `served` has other bytes for some names, `listing` changes the list of
-    files, `etag` the name of a file's content, `status` refuses a path, and of a path that is `silent` nothing is heard.
+    files, `following` says where that goes on, `etag` the name of a file's content, `status` refuses a path, of a path that is `silent`
+    nothing is heard, and of one that `drips` a byte now and then.
     """
     servers, end = [], threading.Event()
 
@@ -71,7 +73,7 @@ def hub():
         return found | ({"lfs": {"oid": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 134}} if large else {})
 
     def serve(repositories, revision, served={}, listing=lambda tree: tree, etag=lambda entry: entry.get("lfs", entry)["oid"],
-              status=lambda path: None, silent=lambda method, path: False):
+              status=lambda path: None, silent=lambda method, path: False, drips=lambda path: False, following=lambda path: None):
         asked = []
 
         class Hub(BaseHTTPRequestHandler):
@@ -81,17 +83,25 @@ def hub():
                 self.end_headers()
                 if self.command == "GET": self.wfile.write(body)
 
+            def drip(self):
+                self.send_response(200)
+                self.end_headers()
+                with suppress(OSError):
+                    while not end.wait(0.1): self.wfile.write(b" ")
+
             def do_GET(self):
                 asked.append(self.path)
                 path = urlparse(self.path).path.lstrip("/")
                 if silent(self.command, path): return end.wait()
+                if drips(path): return self.drip()
                 if status(path): return self.send_error(status(path))
                 for repository, folder in repositories.items():
                     names = [p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()]
                     if path.startswith(f"api/models/{repository}"):
                         tree = listing([entry(folder, name) for name in names])
-                        info = {"id": repository, "modelId": repository, "sha": revision, "siblings": [{"rfilename": e["path"]} for e in tree]}
-                        return self.answer(json.dumps(tree if "/tree/" in path else info).encode(), Content_Type="application/json")
+                        info = {"id": repository, "modelId": repository, "sha": revision, "siblings": [{"rfilename": name} for name in names]}
+                        more = {"Link": f'<{following(self.path)}>; rel="next"'} if "/tree/" in path and following(self.path) else {}
+                        return self.answer(json.dumps(tree if "/tree/" in path else info).encode(), Content_Type="application/json", **more)
                     if path.startswith(f"{repository}/resolve/{revision}/"):
                         name = path.split(f"/resolve/{revision}/")[1]
                         if name in names: return self.answer(served.get(name, (folder / name).read_bytes()), ETag=f'"{etag(entry(folder, name))}"')
@@ -103,7 +113,7 @@ def hub():
 
         server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
         server.daemon_threads = True
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
         servers.append(server)
         return f"http://127.0.0.1:{server.server_port}", asked
 

@@ -6,6 +6,7 @@ import time
 import pytest
 from huggingface_hub import constants, snapshot_download
 
+from cxr_nb import checkpoints
 from cxr_nb.checkpoints import NotAsAnnounced, find_checkpoint
 
 COMMIT = "1234567890abcdef1234567890abcdef12345678"
@@ -107,8 +108,11 @@ def test_a_listing_that_leads_outside_is_refused(hub, go_to, model, tmp_path, pa
 
 @pytest.mark.parametrize("listing, message", [
     (lambda tree: [e for e in tree if e["path"] != "model.safetensors"], "lacks model.safetensors or pytorch_model.bin; it holds config.json"),
-    (lambda tree: [], "it holds nothing"), (lambda tree: {"error": "x"}, "did not give it"), (lambda tree: [1], "did not give it"),
-    (more("a_token.json"), "did not give it")], ids=["lacks", "empty", "no list", "numbers", "not there"])
+    (lambda tree: [], "it holds nothing"), (lambda tree: {"error": "x"}, "(malformed listing)"), (lambda tree: None, "(malformed listing)"), (lambda tree: [1], "(malformed listing)"),
+    (lambda tree: [e | {"path": 5} for e in tree], "(malformed listing)"), (lambda tree: [{"type": "file", "path": "a"}], "(malformed listing)"),
+    (lambda tree: [e | {"oid": None} for e in tree], "(malformed listing)"), (lambda tree: [e | {"oid": "../x"} for e in tree], "(malformed listing)"),
+    (more("a_token.json"), "(404 Not Found)")],
+    ids=["lacks", "empty", "no list", "null", "numbers", "no names", "no digest", "null digest", "other digest", "not there"])
 def test_a_wrong_listing_does_not_stay(hub, go_to, model, listing, message):
     "Nor does it harm what is in the cache."
     bad, _ = hub({"me/model": model}, COMMIT, listing=listing)
@@ -117,6 +121,39 @@ def test_a_wrong_listing_does_not_stay(hub, go_to, model, listing, message):
     works_with(hub, go_to, model)
     go_to(bad)
     assert (find() / "model.safetensors").read_bytes() == bytes(1000)
+
+
+def test_a_listing_may_have_pages(hub, go_to, model):
+    address, asked = hub({"me/model": model}, COMMIT, following=lambda path: None if "cursor" in path else path + "&cursor=x")
+    go_to(address)
+    assert sorted(os.listdir(find())) == ["config.json", "model.safetensors", "tokenizer.json"]
+    assert len([path for path in asked if "/tree/" in path]) == 2
+
+
+def test_a_listing_that_leads_to_itself_ends(hub, go_to, model, monkeypatch):
+    monkeypatch.setattr(checkpoints, "_PAGES", 5)
+    address, asked = hub({"me/model": model}, COMMIT, following=lambda path: path)
+    go_to(address)
+    assert "its listing has more than 5 pages" in fails(NotAsAnnounced)
+    assert len(asked) == 5
+    works_with(hub, go_to, model)
+
+
+def test_another_host_is_not_sent_the_token(hub, go_to, model, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    other, asked = hub({"me/model": model}, COMMIT)
+    go_to(hub({"me/model": model}, COMMIT, following=lambda path: other + path)[0])
+    assert f"its listing goes on at {other}" in fails(NotAsAnnounced) and not asked
+    works_with(hub, go_to, model)
+
+
+@pytest.mark.parametrize("revision", [COMMIT, "main"])
+def test_a_listing_that_drips_is_not_waited_for(hub, go_to, model, monkeypatch, revision):
+    go_to(hub({"me/model": model}, COMMIT, drips=lambda path: path.startswith("api"))[0])
+    with monkeypatch.context() as impatient:
+        impatient.setattr(constants, "HF_HUB_ETAG_TIMEOUT", 0.2)
+        assert "(its listing was not whole after 1.2 seconds)" in fails(FileNotFoundError, revision)
+    works_with(hub, go_to, model)
 
 
 @pytest.mark.parametrize("etag", ["../../../escaped", "/tmp/escaped", "..", ""])
@@ -140,6 +177,13 @@ def test_a_hub_that_says_nothing_is_not_waited_for(hub, go_to, model, monkeypatc
         assert "no answer in 0.4 seconds" in fails(FileNotFoundError, revision)
         assert time.monotonic() - start < 30
     works_with(hub, go_to, model)
+
+
+@pytest.mark.parametrize("part", ["api/models", "me/model/resolve"])
+@pytest.mark.parametrize("code, words", [(404, "Not Found"), (500, "Internal Server Error")])
+def test_a_hub_that_fails_is_quoted(hub, go_to, model, code, words, part):
+    go_to(hub({"me/model": model}, COMMIT, status=lambda path: code if path.startswith(part) else None)[0])
+    assert f"the hub did not give it ({code} {words}); where there is a network" in fails(FileNotFoundError)
 
 
 @pytest.mark.parametrize("code", [401, 403])

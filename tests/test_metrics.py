@@ -1,14 +1,17 @@
 "Metrics and judges against other implementations, brute force and simulation, and what they refuse."
+import json
 import pickle
 import subprocess
 import sys
 import tracemalloc
+from logging.handlers import BufferingHandler
 from pathlib import Path
 
 import numpy as np
 import pytest
 import skimage.metrics
 import torch
+from safetensors.torch import load_file, save_file
 from scipy.spatial.distance import cdist
 from scipy.stats import binomtest, norm
 from sklearn import metrics as sk
@@ -344,6 +347,42 @@ def test_published_weights_score_as_in_torchxrayvision(home, zipped):
     with torch.no_grad(): embedded = theirs.features2(grey * 2048 - 1024).numpy()
     np.testing.assert_allclose(features(load_extractor(PUBLISHED), grey, 2), embedded, atol=1e-3 * embedded.max())
     assert [v.shape[1] for v in layer_features(ours, grey[:1]).values()] == [256, 512, 1024, 1024]
+
+
+def test_published_weights_are_numbers(home):
+    from torchxrayvision import models
+    saved = models.DenseNet(weights=None)
+    saved.features.conv0.weight.data[0] = torch.nan
+    home[0].mkdir(parents=True)
+    torch.save(saved, home[0] / Path(models.model_urls[PUBLISHED]["weights_url"]).name)
+    with pytest.raises(ValueError, match="features.conv0.weight has values that are not finite.; delete it and download it again"): load_classifier(PUBLISHED)
+
+
+def test_a_vision_model_with_other_weights_is_refused_in_one_line(tmp_path):
+    "What transformers would fill with random numbers and report is an error, and what it has no use for is not."
+    from transformers import ViTConfig, ViTModel
+    from transformers.utils import logging as transformers_logging
+    shape = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, image_size=32, patch_size=8)
+    ViTModel(ViTConfig(**shape)).save_pretrained(tmp_path / "vit")
+    (tmp_path / "vit/preprocessor_config.json").write_text('{"size": 32, "image_mean": [0, 0, 0], "image_std": [1, 1, 1]}')
+    path, config = tmp_path / "vit/model.safetensors", json.loads((tmp_path / "vit/config.json").read_text())
+    weights, grey = load_file(path), torch.rand(2, 32, 32)
+    reports = BufferingHandler(1000)
+    transformers_logging.add_handler(reports)
+    def load(weights=weights, **other):
+        save_file(weights, path, {"format": "pt"})
+        (tmp_path / "vit/config.json").write_text(json.dumps(config | other))
+        return load_extractor(tmp_path / "vit")
+    def fails(message, *weights, **other):
+        with pytest.raises(ValueError, match=rf"^extractor \S+vit{message}[^\n]*$"): load(*weights, **other)
+    for part in ("layer.1.", "pooler", "cls_token"): fails(r" lacks \d+ weights, the first is ", {k: v for k, v in weights.items() if part not in k})
+    fails(" lacks 40 weights, the first is ", {f"x.{k}": v for k, v in weights.items()})
+    fails(r": layers.0.attention.k_proj.bias is \[16\] in its weights, and \[15\] by config.json", num_attention_heads=3)
+    np.testing.assert_array_equal(features(load(weights | {"classifier.bias": torch.ones(2)}), grey), features(load(), grey))
+    (tmp_path / "vit/preprocessor_config.json").write_text('{"size": 24, "image_mean": [0, 0, 0], "image_std": [1, 1, 1]}')
+    fails(" gives no features of an image of 24 pixels")
+    transformers_logging.remove_handler(reports)
+    assert not reports.buffer
 
 
 def test_weights_that_are_not_here(home):

@@ -212,6 +212,18 @@ def test_lost_weights_are_an_error(folder, tmp_path, part, file, key):
     with pytest.raises(ValueError, match=rf"{part} lacks 1 weights, the first is \S*{key}"): load_component(str(tmp_path / "copy"), part)
 
 
+@pytest.mark.parametrize("change, message", [(lambda w: w[:1], r"conv_in.weight expected shape|weight is \[1, "), (lambda w: w * torch.nan, "has values that are not finite")])
+@pytest.mark.parametrize("part, file", [("unet", "diffusion_pytorch_model"), ("text_encoder", "model")])
+def test_weights_that_do_not_fit_are_named(folder, tmp_path, part, file, change, message):
+    path = copy(folder, tmp_path) / part / f"{file}.safetensors"
+    weights = load_file(path)
+    key = next(k for k in weights if k.endswith(("conv_in.weight", "token_embedding.weight")))
+    save_file(weights | {key: change(weights[key])}, tmp_path / "other.safetensors", metadata={"format": "pt"})
+    (tmp_path / "other.safetensors").replace(path)
+    with pytest.raises(ValueError, match=message) as caught: load_component(str(tmp_path / "copy"), part)
+    assert "\n" not in str(caught.value) and key.split(".")[-2] in str(caught.value)
+
+
 def test_lost_files_are_named(folder, tmp_path):
     target = copy(folder, tmp_path)
     (target / "vae/config.json").unlink()
@@ -250,11 +262,19 @@ def test_a_scheduler_is_one_of_diffusers(folder, tmp_path):
     with pytest.raises(ValueError, match="scheduler 'os' is none of diffusers'"): load_component(str(tmp_path / "copy"), "scheduler")
 
 
-@pytest.mark.parametrize("content", ["[]", "3", "{", ""])
+@pytest.mark.parametrize("content", ["[]", "3", '"me/other"', "{", ""])
 @pytest.mark.parametrize("file", ["vae/config.json", "unet/config.json", "text_encoder/config.json", "scheduler/scheduler_config.json", "tokenizer/tokenizer_config.json"])
 def test_settings_of_another_kind_are_refused_in_one_line(folder, tmp_path, file, content):
     (copy(folder, tmp_path) / file).write_text(content)
     with pytest.raises(ValueError, match=r"^Stable Diffusion \S+copy: [^\n]+$"): load_component(str(tmp_path / "copy"), file.split("/")[0])
+
+
+@pytest.mark.parametrize("content", ["[]", '"me/other"', "{"])
+@pytest.mark.parametrize("part", PARTS)
+def test_settings_of_a_network_are_read_before_a_library_sees_them(folder, tmp_path, part, content):
+    (copy(folder, tmp_path) / part / "config.json").write_text(content)
+    with pytest.raises(ValueError, match=rf"^Stable Diffusion \S+copy: {part}: config.json (holds settings by name|is not JSON)"):
+        load_component(str(tmp_path / "copy"), part)
 
 
 def test_a_folder_goes_before_a_hub_id(folder, tmp_path, monkeypatch):
