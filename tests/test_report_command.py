@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import nbformat
@@ -27,6 +28,7 @@ rule notebook_99_small:
 """
 LOOP = """
 import os, time
+from functools import partial
 from pathlib import Path
 for i in range(steps):
     Path("../ticks").write_text(f"{i} {os.getpid()}")
@@ -62,7 +64,9 @@ def started(project, *before):
     profile(project, 1200)
     command = [*before, str(Path(sys.executable).parent / "cxr_nb"), "report", "--profile", "tiny", "--cores", "1"]
     env = os.environ | {"PYTHONPATH": str(project)}
-    running = subprocess.Popen(command, cwd=project, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    # whoever runs the tests in the background has them ignore SIGINT, and their children with them
+    attend = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    running = subprocess.Popen(command, cwd=project, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, preexec_fn=attend)
     wait_for(lambda: (project / "ticks").exists() and " " in (project / "ticks").read_text())
     return running, psutil.Process(running.pid).children(recursive=True)
 
