@@ -657,7 +657,8 @@ def _misspelt(word):
     wrong = [before + "[A-Za-z]?" + "".join(rest[1:]) for before, rest in cut if rest]
     more = [before + "[A-Za-z]" + "".join(rest) for before, rest in cut]
     swapped = [before + rest[1] + rest[0] + "".join(rest[2:]) for before, rest in cut if len(rest) > 1]
-    return "(?:" + "|".join(wrong + more + swapped) + ")"
+    parted = [before + rest[0][0] + "[A-Za-z]" + rest[0][0] + "".join(rest[1:]) for before, rest in cut if rest and "+" in rest[0]]
+    return "(?:" + "|".join(wrong + more + swapped + parted) + ")"
 
 # %% ../nbs/21_datasets.ipynb #5535281c
 _IMPRESSION = {word: _misspelt(word) for word in ("impression", "Impression", "IMPRESSION")}
@@ -665,7 +666,7 @@ _HEADING = re.compile(
     rf"""
     ^[ \t*]*(?i:(?:{_misspelt("findings")}\s*(?:and|&|/)\s*|(?:final|preliminary|overall)\s+)?
         (?:{_IMPRESSION["impression"]}s?|{_misspelt("opinion")}|imp)(?:\s*(?:and|&|/)\s*\w+)?[ \t]*(?::|$))  # Impression:
-    | ^[ \t]*(?:{_IMPRESSION["IMPRESSION"]}S?(?=\s)|{_IMPRESSION["Impression"]}s?(?=[ \t]+[A-Z0-9_(]))  # no colon, text
+    | ^[ \t\#]*(?:{_IMPRESSION["IMPRESSION"]}S?(?=\s)|{_IMPRESSION["Impression"]}s?(?=[ \t]+[A-Z0-9_(]))  # no colon, text
     | (?<=[.:;!?\s])(?:{_IMPRESSION["IMPRESSION"]}S?|OPINION|IMP)[ \t]*:                                        # in running text
     | (?<=[.;!?]\s)(?:{_IMPRESSION["Impression"]}s?[ \t]*:|{_IMPRESSION["IMPRESSION"]}S?(?=\s))    # after a sentence
     """,
@@ -680,11 +681,14 @@ _NEXT = re.compile(
         |(?:{_misspelt("comparison")}s?|reference|prior)(?:\s+(?:exams?|films?|study|studies))?|{_misspelt("technique")}
         |(?:type\s+of\s+)?{_misspelt("examination")}s?|exam|reason\s+for\s+(?:the\s+)?exam(?:ination)?|date
         |{_misspelt("recommendation")}s?(?:\(s\))?|{_misspelt("notification")}s?|{_misspelt("addendum")}
-        |summary|pfi|(?:resident\s+)?wet\s*read|{_misspelt("attestation")}|{_misspelt("conclusion")}s?
+        |{_misspelt("comment")}s?|{_misspelt("discussion")}|plan
+        |summary|pfi|(?:(?:attending|teaching\s+physician)\s+)?{_misspelt("attestation")}|{_misspelt("conclusion")}s?
         |provisional\s+findings\s+impression[ \t]*(?:\(pfi\))?)[ \t*]*:
     | ^[ \t*]*(?i:{_misspelt("addendum")})[ \t]*$
+    | (?<=\n)[ \t*]*(?i:(?:resident\s+)?wet\s*read)[ \t*]*:  # not what an impression's heading is followed by
     | (?<=[.\s])(?:{_misspelt("FINDINGS")}|{_misspelt("INDICATION")}|{_misspelt("COMPARISON")}|{_misspelt("TECHNIQUE")}
-        |{_misspelt("RECOMMENDATION")}S?(?:\(S\))?|{_misspelt("NOTIFICATION")}|{_misspelt("ADDENDUM")})[ \t]*:
+        |{_misspelt("RECOMMENDATION")}S?(?:\(S\))?|{_misspelt("NOTIFICATION")}|{_misspelt("ADDENDUM")}
+        |{_misspelt("COMMENT")}S?|{_misspelt("DISCUSSION")}|PLAN)[ \t]*:
     """,
     re.X | re.M,
 )
@@ -710,11 +714,12 @@ def _heading_text(text):
     text = re.sub(r"\S*[^\W\d_]\S*", lambda m: m[0].translate(_LOOKALIKES), text)
     text = re.sub(r"(?<!\S)(?:\w[ .]){2,}\w(?!\S)", lambda m: re.sub(r"[ .]", "", m[0]), text)  # letters spaced out
     squeezed = re.sub(r"[\W_]", "", text)
-    return squeezed if re.fullmatch(rf"(?i:{_IMPRESSION['impression']}s?)", squeezed) else " ".join(text.split())
+    bare = re.sub(r"(?i:\d{1,2}|of(?:the)?chest)$", "", squeezed)  # IMPRESSION 1:, IMPRESSION OF CHEST:
+    return bare if re.fullmatch(rf"(?i:{_IMPRESSION['impression']}s?)", bare) else " ".join(text.split())
 
 # %% ../nbs/21_datasets.ipynb #a1619efd
 _COLON = "[:：︰﹕꞉∶]"
-_BREAK = re.compile(rf"{_COLON}|\.(?=\s|$)|[;=>|–—]|,(?=\s)|[)\]}}](?=\s)|\s[-–—]+(?=\s)|$")
+_BREAK = re.compile(rf"{_COLON}|\.(?=\s|$)|[;=>|–—]|,(?=\s)|[)\]}}](?=\s)|\s?[-–—]+(?=\s)|$")
 
 # %% ../nbs/21_datasets.ipynb #1dd87f79
 def _plain_heading(piece, first):
@@ -748,20 +753,23 @@ _LEAD = r"""(?:(?i:this|the|final|preliminary|above|report|document|study|exam|e
     |was|were|is|been)\s+)*"""
 _SIGN_OFF = re.compile(
     rf"""
-    (?:^[ \t"“'*]*|(?<=[.;!?]\s)["“'*]*)(?:
-        {_LEAD}(?i:(?:electronically|digitally)\s+\w+ed\b|signed\s+(?:electronically|digitally))
+    (?:^[ \t"“'*=–—-]*|(?<=[.;!?]\s)(?:[=–—-]+[ \t]*|["“'*]*))(?:
+        {_LEAD}(?i:(?:electronically|digitally|elec\.?)\s+\w+ed\b|signed\s+(?:electronically|digitally))
         | (?i:(?:dictated|transcribed|typed)(?:\s+(?:and|&|/)\s+(?:\w+\s+)?\w+ed)?(?:\s+(?:by|on|date)\b|[ \t]*:))
+        | (?i:(?:co|counter)[ -]?signed(?:\s+by\b|[ \t]*:)|(?:teaching\s+physician|attending)\s+attestation[ \t]*:)
+        | [(\[](?:Signed|SIGNED)[)\]][ \t]*$
         | (?:Signed|SIGNED)(?:[ \t]*(?:$|:)|\s+(?i:by|on|date)\b|[ \t,]+(?:\d|_{{2,}}|X{{3,}}|(?i:drs?\b)))
         | (?i:(?:reviewed|read|interpreted|approved|verified|authenticated|finali[sz]ed|edited|prepared)
             (?:\s+(?:and|&|/)\s+(?:\w+\s+)?\w+ed)?\s+by[ \t]*:)
         | (?i:(?:reviewed|read|dictated)\s+(?:and|&)\s+(?:electronically\s+)?signed\b)
-        | (?i:(?:(?:attending|dictating|interpreting|reporting|signing|staff)\s+)?
+        | (?i:(?:(?:attending|dictating|interpreting|reading|reporting|signing|staff)\s+)?
             (?:radiologist|physician|resident|attending|transcriptionist|dictator)s?[ \t]*:)
         | (?i:(?:dictation|transcription|signature)(?:\s+(?:date|time))?[ \t]*:
             |(?:date|time)\s+(?:of\s+)?(?:dicta|transcri)\w+)
         | (?i:job\s*(?:number|id|\#)|accession\s+(?:number|no)|end\s+of\s+(?:impression|report)\b
             |summary[ \t]*:[ \t]*\d)
-        | (?i:(?:physician[ -]to[ -]physician\s+)?(?:radiology\s+)?consult(?:ation)?\s+line\b))
+        | (?i:(?:physician[ -]to[ -]physician\s+)?(?:radiology\s+)?consult(?:ation)?\s+line
+            (?=[ \t]*(?:$|[:(\#\d_]|at\b|number\b|x{{3}}))))
     | (?<=\s)(?:{_LEAD}(?i:electronically\s+signed)
         |(?:DICTATED|Dictated|TRANSCRIBED|Transcribed)\s+(?:BY|[Bb]y)\b
         |["“']?Physician[ -]to[ -]Physician\b)
@@ -802,7 +810,7 @@ _LISTED = _REACHING | _REACHED | _BESIDE
 # %% ../nbs/21_datasets.ipynb #e0bade1d
 _ITEM = r"(?:\(?\d{1,2}[.)]|[-*•])[ \t]+"  # what begins an item of a list
 _NAME = re.compile(
-    rf"""(?:\b(?i:drs?|doctor|mr|mrs|ms)\b\.?\s+(?:[A-Z]\.\s*)*[A-Z][\w'’-]+(?:\ [A-Z][a-z'’-]+)?
+    rf"""(?:\b(?i:drs?|doctor|mr|mrs|ms|nurse)\b\.?\s+(?:[A-Z]\.\s*)*[A-Z][\w'’-]+(?:\ [A-Z][a-z'’-]+)?
         |\b(?i:(?:{"|".join(sorted(_REACHING))})\s+(?:by|with|to)
             (?:\s+(?:the\s+)?(?:attending\s+)?(?:physician|radiologist|nurse|resident))?)
         \s+[A-Z][a-z'’-]+\ (?:[A-Z]\.\ )?[A-Z][a-z'’-]+)""",
@@ -813,11 +821,11 @@ _LINE = re.compile(
     |extension|desk)\b""",
     re.X,
 )
-_NUMBER = r"[\d:/.,()#+-]*\d(?:[ap]\.?m|hrs?|h|mins?|st|nd|rd|th)?|(?:_{2,}|x{3,})(?:['’]s|[ap]m|hrs?)?"
+_NUMBER = r"x?[\d:/.,()#+-]*\d(?:[ap]\.?m|hrs?|h|mins?|st|nd|rd|th)?|(?:_{2,}|x{3,})(?:['’]s|[ap]m|hrs?)?"
 
 def _is_notification(sentence):
     "Whether a sentence says who was reached and nothing else: every word is on the lists, a number, or part of a name."
-    sentence = _LINE.sub("phone", _NAME.sub("discussed dr ___", sentence))
+    sentence = _LINE.sub("phone", _NAME.sub("discussed dr ___", re.sub(r"(?i)^\W*should\s+you\b", "if you", sentence)))
     words = [re.sub(r"^\W+|(?:\(s\)|['’]s)?\W*$", "", word).lower() for word in sentence.split()]
     if _REACHING.isdisjoint(words): return False
     words = [part for word in words for part in ([word] if word in _REACHING else word.split("/")) if part]
@@ -846,7 +854,9 @@ _CLERK = re.compile(
         \s*(?i:electronically\s+)?(?:(?:(?i:on|at)\s+)?[\d/:.-]*\d[\d/:.-]*\s+){{0,4}}
         (?:(?i:by)\b\s*[:-]?|:|-\s)\s*{_PERSON}{{0,12}})+
     |(?i:(?:report\s+)?status\s*:\s*(?:final|preliminary|signed|unsigned)(?:\s+report)?)
-    |/s/\s*{_PERSON}{{0,8}}
+    |/s/\s*{_PERSON}{{0,8}}|x\s*_{{2,}}
+    |(?i:sincerely|(?:(?:kind|best)\s+)?regards|respectfully)(?:[\s,]+{_PERSON}{{0,8}})?
+    |(?i:(?:this\s+)?(?:report\s+)?(?:created|printed))\s+(?:(?i:on|at|date)[\s:]+)?(?:[\d/:.,-]*\d[\d/:.,-]*(?:\s+(?i:at\s+)?|$))+(?i:[ap]\.?m\.?)?
     |(?i:cc|copy\s+to|copies\s+to)\s*:\s*(?:{_PERSON}{{0,12}}|(?i:the\s+|referring\s+|primary\s+care\s*|physician|pcp|clinic)+)
     |(?i:(?:electronic\s+)?signature)(?:\s*[:-]\s*{_PERSON}{{0,12}}|(?i:\s+on\s+file))
     |(?i:(?:attending|signing|reading|interpreting|staff)\s+)?(?i:radiologist|resident)\s*-?\s+{_PERSON}{{1,8}}
@@ -870,7 +880,7 @@ _SIGNATURE = re.compile(
 
 # %% ../nbs/21_datasets.ipynb #9a8dcc86
 _SOFTWARE = frozenset(
-    """contain contains created dictation dragon error errors excuse generated grammatical inadvertent may occur part parts
+    """360 contain contains create created dictation dragon error errors excuse generated grammatical inadvertent may occur part parts
     phonetic portions powerscribe produced recognition software sound-alike speech syntax technology transcription
     transcriptional typographical use used using utilized utilizing voice""".split()
 )

@@ -51,13 +51,13 @@ _EITHER_SIDE = r"absent|negative|none|nil|resolved|cleared|excluded|ruled out|mi
 _BETWEEN = (  # a negation and what it negates: "no evidence of a small, left-sided"
     r"other(?= abnormal| finding| disease| patholog)|acute|focal|"
     r"definite|obvious|visible|evident|significant|apparent|large|small|tiny|minimal|mild|moderate|"
-    r"massive|trace|left|right|bilateral|unilateral|sided?|sides|both|evidence|signs?|presence|cardiopulmonary"
+    r"massive|trace|bilateral|sided?|sides|both|evidence|signs?|presence|cardiopulmonary"
 )
 
 # %% ../nbs/34_generation_results.ipynb #ca2b35b1
 _NEUTRAL = (
     r"photos?|photographs?|photographic|pictures?|images?|style|views?|films?|scans?|lungs?|chest|thorax|thoracic|"
-    r"x ?rays?|"
+    r"x ?rays?|(?:left|right) lateral|"
     r"cxrs?|radiographs?|radiology|radiological|radiographic|frontal|lateral|posteroanterior|anteroposterior|pa|ap|"
     r"portable|supine|upright|erect|black|white|gr[ea]y|real|realistic|medical|hospital|clinical|normal|healthy|"
     r"unremarkable|clear(?! (?:the|an?|pleural|ef+us))|patients?|persons?|m[ae]n|wom[ae]n|males?|females?|adults?|old|"
@@ -73,19 +73,21 @@ _KINDS = {  # a letter each; the first that fits
     "q": r"is there|are there", "n": _BEFORE, "t": rf"not without|with|has|{_SHOW}", "z": _EITHER_SIDE, "x": "not|non",
     "b": "(?:nothing )?(?:but|except)|however|although|though|apart from|aside from",
     "k": "nor", "o": "or", "e": "and|as well as|plus", "d": "an?|the|any|this|of|in|on|at|for|from|its?|his|her|their",
-    "y": _BETWEEN, "N": _NEUTRAL,
+    "s": "(?:left|right)(?! lateral)|unilateral", "y": _BETWEEN, "N": _NEUTRAL,
 }
 _WORD = re.compile("|".join(rf"(?P<{kind}>(?<!\w)(?:{words})(?!\w))" for kind, words in _KINDS.items())
-                   + r"|(?P<u>\w+|[^\s\w])")
+                   + r"|(?P<u>\w+|!(?=\w)|(?<![\w)!.?])!)|(?P<mark>[^\s\w])")
 
 # %% ../nbs/34_generation_results.ipynb #8bc08d34
 def word_kinds(
     prompt: str,  # or its slug
 ) -> list[tuple[str, str]]:  # a letter of _KINDS, "," a pause, ";" a stop, "q" a question, "u" unknown; and the word
     "The words of a prompt and what each does in it."
-    text = re.sub(r"n['’ ]t\b", " not", re.sub(r"[-_/\"“” \t<>]+", " ", prompt.lower()))
+    text = re.sub(r"n['’ ]t\b", " not", re.sub(r"[_/\"“” \t<>]+", " ", prompt.lower()))
+    text = re.sub(r"(?<=\w)(-| -+ )(?=\w)", " ", text)  # any other hyphen may be a minus: "effusion (-)"
     marks = dict.fromkeys(".;!\n", ";") | dict.fromkeys(",:=()[]", ",") | {"?": "q"}
-    return [(marks.get(one[0], one.lastgroup), one[0]) for one in _WORD.finditer(text)]
+    def kind(one): return marks.get(one[0], "u") if one.lastgroup == "mark" else one.lastgroup
+    return [(kind(one), one[0]) for one in _WORD.finditer(text)]
 
 # %% ../nbs/34_generation_results.ipynb #4d06717c
 _READINGS = [  # of the kinds in a row; 0: negated from before, 1: from behind
@@ -96,18 +98,23 @@ _READINGS = [  # of the kinds in a row; 0: negated from before, 1: from behind
     (r"(?:n[dy]*|xd*)[EFv](?:(?:[,ok]*[dy]*[EFv])*,*[ok][dy]*[EFv])?", "0"),  # no A, B or C
     (r"[dymij]", ""), (r"(?<=[EF]),*o,*(?=[EF])|(?<=v),*o,*(?=v)|(?<=0),*o,*(?=0)", "e"), (r"N", ""),
 ]
-_OPEN = r"[unxazok]|b[^EFv01;]*(?:$|[;b])|[EFv][^;]*b[^;]*E"  # unknown, negates what cannot be said, excepts
+# unknown, negates what cannot be said, excepts, asks whether there is none
+_OPEN = r"[unxazok]|b[^EFv01;]*(?:$|[;b])|[EFv][^;]*b[^;]*E|0,*q|q,*0"
 _ASKED = r"(?:[0,]*,t+|[Fv,eqt]*)E[EFv,eqt]*[0,eqt]*"  # nothing before it is negated
 
 def read_kinds(
     kinds: str,  # of a prompt's words
 ) -> str | None:  # a key of CONCEPTS; None: left open
     "What words of such kinds ask for."
-    for old, new in _READINGS: kinds = re.sub(old, new, kinds)
+    one_side = "s" in re.sub(r"[nx][dyseo]*[EFv]", "", kinds)  # besides "no left effusion"
+    sides, denied, kinds = kinds.count("s"), False, kinds.replace("s", "y")
+    for old, new in _READINGS:
+        if new in ("0", "1"): denied |= any("E" in negated for negated in re.findall(old, kinds))
+        kinds = re.sub(old, new, kinds)
     parts = [part for part in re.split("[;b]", kinds) if "E" in part]
     if re.search(_OPEN, kinds) or not all(re.fullmatch(_ASKED, part) for part in parts): return None
-    if parts: return None if "q" in kinds else "pleural effusion"
-    return None if "F" in kinds else "no finding"
+    if parts: return None if "q" in kinds or denied and not ("b" in kinds and sides > 1) else "pleural effusion"
+    return None if "F" in kinds or denied and one_side else "no finding"
 
 # %% ../nbs/34_generation_results.ipynb #45d1a8e7
 def given_findings(

@@ -19,7 +19,7 @@ from argparse import ArgumentParser
 from pathlib import Path
 
 from .command import damaged_packages
-from .core import load_profile, outputs_dir, plain_value, repo_root, resolve_parameters, sha256
+from .core import load_profile, outputs_dir, plain_value, published, repo_root, resolve_parameters, sha256
 from .processes import end_children, end_with, make_writable, one_writer, process_id
 from .runner import run_or_exit
 
@@ -36,45 +36,94 @@ def image_sources(
     "Data sets with images that a profile names."
     return [name for key, name in SOURCES.items() if parameters[key]] + _names(parameters["folders"])
 
+def _report_sources(parameters):
+    "Data sets with reports: Open-i's are in the project, the two restricted ones have them apart from their images."
+    both = [SOURCES[key] for key in ("chexpert", "mimic_cxr") if parameters[key] and parameters[f"{key}_reports"]]
+    own = [*parameters["folders"], *(line for line in parameters["text_sources"] if "=" in line)]
+    return ["Open-i", *both, *_names(own)]
+
 # %% ../nbs/07_report.ipynb #07c0de10
-_VARIANTS = {"textual_projection": "25_textual_projection", "textual_inversion": "26_textual_inversion", "unet": "27_unet_finetuning"}
-_DRAWING = ["22_stable_diffusion", *_VARIANTS.values()]
+_DRAWING = {  # method, as `compared` of 35_classification_results names it -> notebook that draws its images
+    "original": "22_stable_diffusion", "textual_projection": "25_textual_projection",
+    "textual_inversion": "26_textual_inversion", "unet": "27_unet_finetuning",
+}
 _FEW_SHOT = "10", "25", "26", "27", "28", "31", "34", "35", "40", "E_"
 _OF_VAE = "32", "A_"
 
+def _drawn(p):
+    "Notebooks that draw images -> the variants they draw."
+    found = {"22_stable_diffusion": ["Stable Diffusion"], "25_textual_projection": p["25_textual_projection"]["drawn"]}
+    found |= {name: p[name]["variants"] for name in ("26_textual_inversion", "27_unet_finetuning")}
+    return {name: own for name, own in found.items() if own and p[name]["images_per_prompt"] and p[name].get("prompts", True)}
+
+# %% ../nbs/07_report.ipynb #07c0deb1
+def _compared(p, drawn):
+    "Table 5: its printed rows, and what stands for each. A notebook that drawn_by leaves out has empty rows there."
+    reads, rows = ("35_classification_results", "compared"), []
+    for line in p[reads[0]]["compared"]:
+        row, _, place = line.partition("=")
+        method, _, variant = (part.strip() for part in place.partition("/"))
+        rows.append(row.strip())
+        yield *reads, [method], "the report", _DRAWING
+        maker = _DRAWING.get(method)
+        if maker in p["28_classification"]["drawn_by"]: yield *reads, [variant], maker, drawn.get(maker, [])
+    printed = published("table_5").method.tolist()
+    yield *reads, rows, "Table 5", printed
+    yield reads[0], "Table 5", printed, "compared", rows
+
+# %% ../nbs/07_report.ipynb #07c0deb2
+def _encoders(p):
+    "Text encoders that figures show, and those that stand in for the paper's."
+    encoders = [*_names(p["24_text_encoder"]["encoders"]), *["TF-IDF + SVD"] * bool(p["24_text_encoder"]["svd_components"])]
+    for name in ("figure_6", "figure_7", "figure_8"):
+        shown = p["B_text_clusters"][name]
+        if shown: yield "B_text_clusters", name, [shown], "24_text_encoder", [*encoders, "bag_of_words"]
+    absent = [name for name in published("table_2").encoder if name not in encoders]
+    for line in p["40_discussion"]["stand_ins"]:
+        printed, _, own = (part.strip() for part in line.partition("="))
+        yield "40_discussion", "stand_ins", [printed], "Table 2 (what 24_text_encoder lacks)", absent
+        yield "40_discussion", "stand_ins", [own], "24_text_encoder", encoders
+
+# %% ../nbs/07_report.ipynb #07c0deb3
 def _references(p):
     "Rows (notebook, parameter, names it gives, notebook that makes them, names that one makes)."
-    def takes(notebook, parameter, maker, made): 
+    def takes(notebook, parameter, maker, made):
         given = p[notebook][parameter]
-        return notebook, parameter, [given] if isinstance(given, str) else given, maker, made
-    images, unet = image_sources(p["21_datasets"]), p["27_unet_finetuning"]
-    embeddings = [*_names(p["24_text_encoder"]["encoders"]), "bag_of_words"]
-    embeddings += ["TF-IDF + SVD"] * bool(p["24_text_encoder"]["svd_components"])
-    yield takes("21_datasets", "few_shot_source", "21_datasets", images)
-    yield takes("23_autoencoder", "sources", "21_datasets", images)
+        return notebook, parameter, [given] if isinstance(given, str) else given or [""], maker, made
+    data, unet, drawn = p["21_datasets"], p["27_unet_finetuning"], _drawn(p)
+    images, prompts = image_sources(data), p["22_stable_diffusion"]["prompts"] if "22_stable_diffusion" in drawn else []
+    if data["few_shot_source"]: yield takes("21_datasets", "few_shot_source", "21_datasets", images)
+    named = [line for line in data["text_sources"] if "=" not in line]
+    yield "21_datasets", "text_sources", named, "21_datasets (with reports)", _report_sources(data)
+    if p["23_autoencoder"]["sources"]: yield takes("23_autoencoder", "sources", "21_datasets", images)
+    if p["25_textual_projection"]["captions"] == "cohort":
+        there = ["cohort"] * bool(data["laion_400m"])
+        yield takes("25_textual_projection", "captions", "21_datasets (laion_400m)", there)
     yield takes("28_classification", "source", "21_datasets", images)
-    yield takes("28_classification", "drawn_by", "the report", _DRAWING)
+    yield takes("28_classification", "drawn_by", "the report (with images)", drawn)
+    yield takes("28_classification", "extractors", "23_autoencoder", p["23_autoencoder"]["extractors"])
     for notebook in ("28_classification", "32_autoencoder_results", "A_chexpert_reconstruction"):
         yield takes(notebook, "source", "23_autoencoder", p["23_autoencoder"]["sources"])
     for notebook in ("32_autoencoder_results", "A_chexpert_reconstruction"):
         yield takes(notebook, "judge", "23_autoencoder", p["23_autoencoder"]["judges"])
     for notebook in ("10_introduction", "35_classification_results"):
         yield takes(notebook, "judge", "28_classification", p["28_classification"]["judges"])
-        for prompt, drawn in ("negative_prompt", "no_finding_prompt"), ("positive_prompt", "effusion_prompt"):
-            yield takes(notebook, prompt, "22_stable_diffusion", p["22_stable_diffusion"]["prompts"])
-            yield takes(notebook, prompt, "27_unet_finetuning", [unet[drawn]])
+        for prompt, asked in ("negative_prompt", "no_finding_prompt"), ("positive_prompt", "effusion_prompt"):
+            yield takes(notebook, prompt, "22_stable_diffusion", prompts)
+            yield takes(notebook, prompt, "27_unet_finetuning", [unet[asked]])
     for notebook in ("34_generation_results", "E_ablations"):
         yield takes(notebook, "extractor", "28_classification", p["28_classification"]["extractors"])
     for notebook, name in (
         ("10_introduction", "shown_variant"), ("34_generation_results", "shown_variant"),
         ("E_ablations", "variant"), ("E_ablations", "prior_variant"),
     ):
-        yield takes(notebook, name, "27_unet_finetuning", unet["variants"])
-    yield takes("25_textual_projection", "drawn", "25_textual_projection", p["25_textual_projection"]["variants"])
-    for name in ("figure_6", "figure_7", "figure_8"): yield takes("B_text_clusters", name, "24_text_encoder", embeddings)
-    for line in p["35_classification_results"]["compared"]:
-        method, _, variant = (part.strip() for part in line.rpartition("=")[2].partition("/"))
-        if maker := _VARIANTS.get(method): yield "35_classification_results", "compared", [variant], maker, p[maker]["variants"]
+        yield takes(notebook, name, "27_unet_finetuning", drawn.get("27_unet_finetuning", []))
+    given = p["28_classification"]["drawn_by"]
+    yield "34_generation_results", "for shown_variant", ["27_unet_finetuning"], "28_classification (drawn_by)", given
+    projection = p["25_textual_projection"]
+    yield "25_textual_projection", "drawn", projection["drawn"], "25_textual_projection", projection["variants"]
+    yield from _compared(p, drawn)
+    yield from _encoders(p)
 
 # %% ../nbs/07_report.ipynb #07c0de11
 def unfitting(
@@ -82,13 +131,14 @@ def unfitting(
 ) -> list[str]:  # a line each; empty where all fits
     "Names in a profile's parameters that no notebook of it makes; raises what `resolve_parameters` raises."
     p = {name: resolve_parameters(name, profile) for name in load_profile(profile)}
+    try: rows, lines = [*_references(p)], []
+    except KeyError as error: return [f"profile '{profile}': section {error.args[0]} is missing"]
     left_out = (() if p["21_datasets"]["few_shot_source"] else _FEW_SHOT)
     left_out += () if p["23_autoencoder"]["sources"] else _OF_VAE
-    lines = []
-    for notebook, parameter, given, maker, made in _references(p):
+    for notebook, parameter, given, maker, made in rows:
         if notebook.startswith(left_out): continue
         for name in given:
-            if name and name not in made:
+            if name not in made:
                 there = ", ".join(map(repr, made)) or "nothing"
                 lines.append(f"profile '{profile}': {notebook} reads {name!r} ({parameter}), and {maker} names {there}")
     return list(dict.fromkeys(lines))

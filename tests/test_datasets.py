@@ -155,13 +155,21 @@ def test_a_slip_in_the_heading_is_seen_in_every_place(place):
     for word in ["Impresson", "Imperssion"]: assert impression_section(f"x\n{word}: Edema.") == impression_section(f"x. {word}: Edema.") == "Edema."
 
 
+def test_a_letter_within_a_pair_is_a_slip(): assert impression_section("x\nIMPRESXSION: Edema.") == "Edema."
+
+
+@pytest.mark.parametrize("text", ["Consult line placement is satisfactory.", "Wet read: pneumonia.", "Consult line in place.", "Nurse call device over the chest."])
+def test_a_finding_that_begins_like_a_sign_off_stays(text):
+    assert impression_section(f"FINDINGS: x.\n\nIMPRESSION: {text}\nWet read: none.") == text
+
+
 def test_words_near_a_heading_are_none():
     for word in ("COMPRESSION", "DEPRESSION", "EXPRESSION", "PROGRESSION"): assert impression_section(f"x\n{word}: Edema.") is None
     for word in ("CONTUSION", "CONCUSSION", "OCCLUSION"): assert impression_section(f"IMPRESSION: Edema.\n{word}: none.") == f"Edema. {word}: none."
 
 
 @pytest.mark.parametrize("heading", "FINDING FINDINS FINDINDGS FINDGINGS FINDNGS FINDNINGS FINIDNGS FIDINGS IDICATION NDICATION COMPARISION COMPARSION COMPARRISON "
-                         "COMPARISIONS RECCOMENDATION RECOMENDATIONS TECHNQUE CONLCUSION HISTROY NOTIFCATION WETREAD DATE".split() + ["CLINCAL HISTORY", "REFERENCE EXAM", "COMPARISON FILM"])
+                         "COMPARISIONS RECCOMENDATION RECOMENDATIONS TECHNQUE CONLCUSION HISTROY NOTIFCATION WETREAD DATE".split() + ["CLINCAL HISTORY", "REFERENCE EXAM", "COMPARISON FILM", "COMMENT", "Comments", "DISCUSSION", "PLAN"])
 def test_a_slip_in_the_next_heading_ends_the_impression(heading):
     assert impression_section(f"IMPRESSION: Edema.\n\n {heading}: Clear lungs.") == "Edema."
 
@@ -169,7 +177,7 @@ def test_a_slip_in_the_next_heading_ends_the_impression(heading):
 DRESSED = ["**IMPRESSION**: ", "IMPRESSION-: ", "IMPRESSION\uff1a", "IMPRESSION. ", "<b>IMPRESSION:</b> ", "1MPRESSION: ", "IMPRESS1ON: ", "1MPRESS10N: ", "I M P R E S S I O N: ", "IMP: ",
            "OPINION: ", "IMPRESSION (PRELIMINARY): ", "IMPRESSION (final): ", "IMPRESSION [FINAL]\n", "IMPRESSION: (PRELIMINARY) ", "IMPRES\ufe0fSION: ", "IMPRES\u034fSION: ", "IMPRES\u0301SION: ",
            "== IMPRESSION ==\n", "***IMPRESSION***\n", "3. IMPRESSION: ", "__IMPRESSION:__ ", "[IMPRESSION]: ", "IMPRESSION; ", "IMPRESSION = ", "IMPRESSION> ", "IMPRESSION\u2014", "IMPRESSION (prelim) ",
-           "\uff29\uff2d\uff30\uff32\uff25\uff33\uff33\uff29\uff2f\uff2e\uff1a", "\u0406MPRESSION: "]
+           "\uff29\uff2d\uff30\uff32\uff25\uff33\uff33\uff29\uff2f\uff2e\uff1a", "\u0406MPRESSION: ", "IMPRESSION- ", "IMPRESSION#1: ", "IMPRESSION 1: ", "IMPRESSION OF CHEST: "]
 
 
 @pytest.mark.parametrize("heading", DRESSED)
@@ -178,7 +186,7 @@ def test_a_dressed_up_heading_is_seen_and_no_part_of_it_stays(heading):
         assert impression_section(f"{before}{heading}Small left effusion.") == "Small left effusion."
 
 
-@pytest.mark.parametrize("heading", ["## Impression\n", "<h2>Impression</h2>\n", "SUMMARY: ", "Opinion: ", "Preliminary impression: "])
+@pytest.mark.parametrize("heading", ["## Impression\n", "## Impression ", "<h2>Impression</h2>\n", "SUMMARY: ", "Opinion: ", "Preliminary impression: "])
 def test_a_heading_on_a_line_of_its_own(heading):
     assert impression_section(f"FINDINGS: Heart normal.\n{heading}Small left effusion.") == "Small left effusion."
 
@@ -223,6 +231,9 @@ CLOSINGS = [
     "Electronic signature: J Smith", "Signature on file", "Reported by J Smith", "Radiologist - J Smith", "J Smith, Radiologist", "cc: primary care", "Copy to: Dr Smith", "-J Smith, MD", "FINAL REPORT",
     "Thank you for this referral.", "Questions? Call 555-1234", "Confirmed by J Smith", "Dictation workstation: ABC123", "Report approved electronically by J Smith", "Report status: Final", "Voice recognition software was used.", "Dictated using speech recognition software.", "This report was generated using voice recognition software and may contain errors.",
     "If you have any questions, please contact the reading room at 555-1234.", "I have personally reviewed the image(s) and the resident's interpretation and agree with the findings.",
+    "[Signed]", "(Signed)", "Co-signed by Jane Doe", "Cosigned by: Jane Doe MD", "Countersigned: Jane Doe", "Reading radiologist: Jane Doe", "Sincerely, Jane Doe", "--- End of report ---",
+    "Please call the reading room at x1234 with questions.", "Should you have any questions, call 5-1234.", "Voice recognition software was used to create this report.", "PowerScribe 360",
+    "Critical results were called to nurse Jane at 14:30.", "Report created on 1/2/2020", "Elec. signed: Jane Doe", "Teaching physician attestation: I reviewed the study.", "x____",
     "As the attending radiologist, I have reviewed the images and edited the report.", "I, the attending physician, have reviewed the images and agree with the report.",
 ]
 
@@ -233,6 +244,9 @@ def test_a_sign_off_without_a_mark_is_no_impression(closing):
         assert impression_section(f"IMPRESSION: Small left effusion. No pneumothorax.{before}{closing}") == "Small left effusion. No pneumothorax."
     assert impression_section(f"IMPRESSION: Small left effusion\n{closing}").rstrip(".") == "Small left effusion"
     assert impression_section(f"IMPRESSION: {closing}") is None
+
+
+def test_a_telephone_number_on_a_line_of_its_own(): assert impression_section("IMPRESSION: Edema.\nTel. 617-555-1234") == "Edema."
 
 
 def test_lines_of_names_that_end_a_sentence_stay():

@@ -89,6 +89,22 @@ TEXT = {
     "effusion (small)": EFFUSION, "Is there an effusion? None.": NONE,
     "no pneumothorax, with a pleural effusion": EFFUSION, "ø effusion": REFUSED, "no\u200b effusion": REFUSED, "∅ effusion": REFUSED,
     "pleural effusion?": REFUSED, "?pleural effusion": REFUSED, "Effusion, pneumothorax. None.": REFUSED, "(no) pleural effusion": REFUSED, "a cyst\nor an effusion": REFUSED,
+    **dict.fromkeys([
+        "effusion (-), pneumothorax (-)", "effusion -", "pleural effusion -", "lung xray: effusion -, pneumothorax -", "-effusion",
+        "effusion(-)", "effusion - / pneumothorax +", "!effusion", "a lung xray, !effusion", "effusion; no effusion", "no effusion; effusion",
+        "large effusion; no effusion", "Large effusion. No effusion.", "effusion, no effusion", "effusion but no effusion",
+        "left: effusion, right: none", "right: none, left: effusion", "unilateral, no bilateral effusion", "no effusion on the right",
+        "no effusion in the left lung", "right: no effusion", "no effusion on the left; large effusion on the right", "no effusion?",
+        "Is there no effusion?", "no effusion on the left side, no pneumothorax",
+    ], REFUSED),
+    **dict.fromkeys([
+        "No pleural effusion!", "No pleural effusion!!", "effusion -- none", "a left lateral chest x-ray with no effusion",
+        "no left-sided effusion", "no left or right effusion", "an x-ray of a 45-year-old man - no effusion",
+    ], NONE),
+    **dict.fromkeys([
+        "Large effusion! No pneumothorax!", "chest x-ray - left-sided pleural effusion",
+        "left effusion but no right effusion", "effusion on the right; no pneumothorax",
+    ], EFFUSION),
     "A photo of a <lung-xray>": NONE, "pleural effusion −": REFUSED, "Lungs clear.\nNo pleural effusion.": NONE,
 }
 

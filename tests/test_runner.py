@@ -275,7 +275,7 @@ def test_a_base_that_is_none_is_refused(project, monkeypatch, text, message):
     ({"21_datasets": {"folders": ["Mine=data/mine"], "few_shot_source": "Mine"}}, "23_autoencoder reads 'Phantoms' (sources), and 21_datasets names 'Mine'"),
     ({"27_unet_finetuning": {"variants": ["no findings and abnormality"]}}, "10_introduction reads 'no findings and abnormality, with prior' (shown_variant), and 27_unet_finetuning names"),
     ({"28_classification": {"judges": ["x/judge_c"]}}, "35_classification_results reads 'cxr_nb/miniature/classifiers/judge_a' (judge), and 28_classification names 'x/judge_c'"),
-    ({"28_classification": {"drawn_by": ["22_stable_diffusion", "29_nothing"]}}, "28_classification reads '29_nothing' (drawn_by), and the report names '22_stable_diffusion'"),
+    ({"28_classification": {"drawn_by": ["22_stable_diffusion", "29_nothing"]}}, "28_classification reads '29_nothing' (drawn_by), and the report (with images) names '22_stable_diffusion'"),
     ({"24_text_encoder": {"encoders": ["BERT=models/bert"]}}, "B_text_clusters reads 'Miniature CLIP' (figure_6), and 24_text_encoder names 'BERT'"),
     ({"22_stable_diffusion": {"prompts": ["A chest"]}}, "10_introduction reads 'A photo of a lung xray' (negative_prompt), and 22_stable_diffusion names 'A chest'"),
 ])
@@ -286,6 +286,52 @@ def test_a_profile_whose_parts_do_not_fit_is_refused_before_anything_runs(tmp_pa
     assert any(f"profile 'mine': {message}" in line for line in report.unfitting("mine"))
     with pytest.raises(SystemExit) as stop: report.main(["report", "--profile", "mine"])
     assert stop.value.code == 1 and not (copy / "outputs").exists()
+
+
+@pytest.fixture(scope="module")
+def demo(): return {name: core.resolve_parameters(name, "demo") for name in core.load_profile("demo")}
+
+
+@pytest.fixture
+def unfitting(demo, monkeypatch):
+    "What does not fit in the demo with some sections changed, without a file of it."
+    def wrong(changes, sections=demo):
+        monkeypatch.setattr(report, "load_profile", lambda profile: sections)
+        monkeypatch.setattr(report, "resolve_parameters", lambda name, profile: sections[name] | changes.get(name, {}))
+        return report.unfitting("mine")
+    return wrong
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"25_textual_projection": {"captions": "cohort"}}, "25_textual_projection reads 'cohort' (captions), and 21_datasets (laion_400m) names nothing"),
+    ({"28_classification": {"extractors": ["inception"]}}, "28_classification reads 'inception' (extractors), and 23_autoencoder names 'cxr_nb/miniature/classifiers/judge_a'"),
+    ({"28_classification": {"source": ""}}, "28_classification reads '' (source), and 21_datasets names 'Phantoms'"),
+    ({"28_classification": {"drawn_by": []}}, "28_classification reads '' (drawn_by), and the report (with images) names '22_stable_diffusion'"),
+    ({"28_classification": {"drawn_by": ["22_stable_diffusion"]}}, "34_generation_results reads '27_unet_finetuning' (for shown_variant), and 28_classification (drawn_by) names '22_stable_diffusion'"),
+    ({"22_stable_diffusion": {"images_per_prompt": 0}}, "28_classification reads '22_stable_diffusion' (drawn_by), and the report (with images) names '25_textual_projection'"),
+    ({"25_textual_projection": {"drawn": []}}, "28_classification reads '25_textual_projection' (drawn_by), and the report (with images) names '22_stable_diffusion', '26"),
+    ({"32_autoencoder_results": {"judge": ""}}, "32_autoencoder_results reads '' (judge), and 23_autoencoder names"),
+    ({"35_classification_results": {"compared": ["U-Net = unet / no findings"]}}, "35_classification_results reads 'U-Net' (compared), and Table 5 names 'Original Model'"),
+    ({"35_classification_results": {"compared": ["U-Net = unet / no findings"]}}, "35_classification_results reads 'Original Model' (Table 5), and compared names 'U-Net'"),
+    ({"35_classification_results": {"compared": ["Textual Inversion = gan / lung"]}}, "35_classification_results reads 'gan' (compared), and the report names 'original'"),
+    ({"35_classification_results": {"compared": ["Original Model = original / SD"]}}, "35_classification_results reads 'SD' (compared), and 22_stable_diffusion names 'Stable Diffusion'"),
+    ({"25_textual_projection": {"drawn": ["no projection"]}}, "35_classification_results reads 'token-level projection' (compared), and 25_textual_projection names 'no projection'"),
+    ({"40_discussion": {"stand_ins": ["CLIP = RadBERT"]}}, "40_discussion reads 'RadBERT' (stand_ins), and 24_text_encoder names 'Miniature CLIP'"),
+    ({"40_discussion": {"stand_ins": ["BERT = Miniature CLIP"]}}, "40_discussion reads 'BERT' (stand_ins), and Table 2 (what 24_text_encoder lacks) names 'PubMedBERT'"),
+    ({"21_datasets": {"text_sources": ["MIMIC-CXR", "Open-i"]}}, "21_datasets reads 'MIMIC-CXR' (text_sources), and 21_datasets (with reports) names 'Open-i', 'Phantoms'"),
+])
+def test_what_no_notebook_makes_is_named(unfitting, changes, message):
+    wrong = unfitting(changes)
+    assert any(line.startswith(f"profile 'mine': {message}") for line in wrong) and "\n" not in "".join(wrong)
+
+
+def test_a_profile_may_leave_a_way_of_drawing_out(unfitting):
+    assert unfitting({"28_classification": {"drawn_by": ["27_unet_finetuning"]}, "25_textual_projection": {"drawn": []}}) == []
+
+
+def test_a_profile_that_lacks_a_section_is_told_which(unfitting, demo):
+    lacking = {name: own for name, own in demo.items() if name != "27_unet_finetuning"}
+    assert unfitting({}, lacking) == ["profile 'mine': section 27_unet_finetuning is missing"]
 
 
 def test_own_images_are_named_in_one_place(tmp_path, copy_project, monkeypatch):

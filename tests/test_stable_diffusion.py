@@ -1,19 +1,21 @@
 "Loading and sampling, on a small pipeline of random weights, against diffusers' own pipeline and a loop written out."
 import json
 import pickle
+import re
 import shutil
 
 import diffusers
+import nbformat
 import pipelines
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 
-from cxr_nb import checkpoints
+from cxr_nb import checkpoints, core
 from cxr_nb.stable_diffusion import (
     SCHEDULERS, check_steps, components_folder, components_record, decode, draw_latents, encode, encoder_hidden_states, gray, image_seeds,
-    load_component, load_pipeline, sample, write_images)
+    load_component, load_pipeline, load_scheduler, sample, write_images)
 
 PINNED = "1234567890abcdef1234567890abcdef12345678"
 PARTS = ("vae", "unet", "text_encoder")
@@ -148,7 +150,7 @@ def test_a_number_of_steps_goes_where_diffusers_own_pipeline_draws_with_it(pipel
         except (IndexError, ValueError, AssertionError): continue
         if latents.isfinite().all(): goes.add(steps)
     for steps in (1, 3, 4, 8, 9, 10, 27):
-        if steps in goes: assert check_steps(pipeline, steps) >= steps
+        if steps in goes: assert check_steps(pipeline.scheduler, steps) >= steps
         else:
             with pytest.raises(ValueError, match=rf"^{kind} cannot draw in {steps} steps \(.+\); choose another number of steps$"): sample(pipeline, states, [0], steps)
     assert 4 in goes
@@ -158,8 +160,8 @@ def test_a_scheduler_that_takes_fewer_steps_than_asked_is_refused(pipeline, monk
     schedule = {k: v for k, v in pipeline.scheduler.config.items() if not k.startswith("_")}
     monkeypatch.setattr(pipeline, "scheduler", diffusers.DPMSolverMultistepInverseScheduler.from_config(schedule))
     most = pipeline.scheduler.config.num_train_timesteps
-    with pytest.raises(ValueError, match=f"cannot draw in {most} steps .it would take 1 instead.; choose another"): check_steps(pipeline, most)
-    assert check_steps(pipeline, 10) == 10
+    with pytest.raises(ValueError, match=f"cannot draw in {most} steps .it would take 1 instead.; choose another"): check_steps(pipeline.scheduler, most)
+    assert check_steps(pipeline.scheduler, 10) == 10
 
 
 def test_half_precision(folder):
@@ -286,3 +288,18 @@ def test_a_folder_goes_before_a_hub_id(folder, tmp_path, monkeypatch):
 def test_a_folder_of_images_holds_one_set(tmp_path):
     for n in (5, 3): paths = write_images(tmp_path, torch.zeros(n, 3, 40, 40, dtype=torch.uint8))
     assert sorted(tmp_path.iterdir()) == paths and len(paths) == 3
+
+
+@pytest.mark.parametrize("name", ["22_stable_diffusion", "25_textual_projection", "26_textual_inversion", "27_unet_finetuning", "E_ablations"])
+def test_steps_are_checked_before_a_model_is_loaded_or_trained(name):
+    cells = nbformat.read(core.repo_root() / f"nbs/{name}.ipynb", 4).cells
+    lines = [line for cell in cells if cell.source.startswith("#| report") for line in cell.source.splitlines()]
+    checked = next(i for i, line in enumerate(lines) if "check_steps(load_scheduler(" in line)
+    takes_long = r"\b(load_pipeline|load_component|load_text_encoder|few_shot_latents|trained_projection|inverted|finetuned|sample|measure)\("
+    assert checked < min(i for i, line in enumerate(lines) if re.search(takes_long, line))
+
+
+def test_a_scheduler_is_checked_without_its_model(folder):
+    assert check_steps(load_scheduler(folder, "ddim"), 10) == 10
+    with pytest.raises(ValueError, match="DDIMScheduler cannot draw in 1001 steps"): check_steps(load_scheduler(folder, "ddim"), 1001)
+    with pytest.raises(ValueError, match="unknown scheduler 'dpm'"): load_scheduler(folder, "dpm")
