@@ -21,9 +21,8 @@ def damaged_packages() -> list[str]:
 
 # %% ../nbs/08_command.ipynb #08c0de09
 def main() -> None:
-    "The command `cxr_nb`: `cxr_nb.report.main`, or one line where the environment lacks what that imports."
-    try: from cxr_nb.report import main as command
-    except (ImportError, AttributeError) as error:
-        parts = ", ".join(damaged_packages()) or error
-        sys.exit(f"cxr_nb: the environment lacks parts ({parts}); delete .venv, and make makes it anew")
+    "The command `cxr_nb`: `cxr_nb.report.main` in an environment that is whole, else one line."
+    if lacking := damaged_packages():
+        sys.exit(f"cxr_nb: the environment lacks parts of {', '.join(lacking)}; delete .venv, and make makes it anew")
+    from cxr_nb.report import main as command
     command()

@@ -18,7 +18,6 @@ import sys
 from argparse import ArgumentParser
 from pathlib import Path
 
-from .command import damaged_packages
 from .core import load_profile, outputs_dir, plain_value, published, repo_root, resolve_parameters, sha256
 from .processes import end_children, end_with, make_writable, one_writer, process_id
 from .runner import run_or_exit
@@ -297,8 +296,6 @@ def report_or_exit(
     if cores < 1: return _said(f"--cores {cores}: one core at least")
     # make names itself, for a make that is killed takes no child along
     if parent := os.environ.get("CXR_NB_MAKE"): end_with(process_id(int(parent)))
-    if lacking := damaged_packages():
-        return _said(f"the environment lacks parts of {', '.join(lacking)}; delete .venv, and make makes it anew")
     try: return run_report(profile, cores, target)
     except (OSError, KeyError, TypeError, ValueError) as error:
         return _said(error.args[-1] if isinstance(error, KeyError) else error)
