@@ -186,7 +186,7 @@ def phantoms_in(name):
 
 
 # run by a command of their own, and no part of the report
-APART = ["D_benchmarks", "E_ablations"]
+APART = list(report.APART.values())
 
 # notebook: (files it reads, files it writes), below outputs/<profile>
 GRAPH = {
