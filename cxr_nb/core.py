@@ -8,7 +8,7 @@ __all__ = ['PACKAGE', 'LONGEST_NAME', 'PARAMETER_TYPES', 'GIT_WAIT', 'TABLE_COLU
            'declared_parameters', 'plain_value', 'read_yaml', 'read_value', 'load_profile', 'resolve_parameters',
            'notebook_named', 'seed_everything', 'torch_device', 'sha256', 'git_commit', 'git_would_track',
            'places_beside', 'versions', 'device_name', 'peak_memory_mb', 'json_value', 'json_text', 'run_folder', 'Run',
-           'figure_style', 'published', 'paper_view']
+           'figure_style', 'published', 'with_interval', 'paper_view']
 
 # %% ../nbs/00_core.ipynb #dc2339fb
 import ast
@@ -841,11 +841,17 @@ def published(
     with path.open(encoding="utf-8") as file: return pd.read_csv(file)
 
 # %% ../nbs/00_core.ipynb #6b0fc9df
-def _cell(measured, low, high, decimals):
-    import pandas as pd
-    if pd.isna(measured): return "–"
-    interval = "" if pd.isna(low) else f" [{low:.{decimals}f},\u00a0{high:.{decimals}f}]"
-    return f"{measured:.{decimals}f}{interval}"
+def with_interval(
+    value: float,
+    low: float | None = None,  # the interval's ends; None or NaN: there is none
+    high: float | None = None,
+    decimals: int = 2,  # digits after the point, or up to three more where they do not tell the ends apart
+) -> str:  # e.g. "0.84 [0.80, 0.88]"; a dash for NaN
+    "A number with its interval."
+    if np.isnan(value): return "–"
+    if low is None or np.isnan(low): return f"{value:.{decimals}f}"
+    digits = next((d for d in range(decimals, decimals + 3) if f"{low:.{d}f}" != f"{high:.{d}f}"), decimals + 3)
+    return f"{value:.{digits}f} [{low:.{digits}f},\u00a0{high:.{digits}f}]"
 
 def paper_view(
     table: "pd.DataFrame",  # as written by Run.write_table
@@ -853,8 +859,8 @@ def paper_view(
 ) -> "pd.DataFrame":  # rows (row, published | measured), one column per printed column
     "A table in the paper's shape, the published value above the measured one with its interval."
     import pandas as pd
-    shown = {"published": [_cell(v, np.nan, np.nan, decimals) for v in table["published"]],
-             "measured": [_cell(*v, decimals) for v in zip(table["measured"], table["ci_low"], table["ci_high"])]}
+    shown = {"published": [with_interval(v, decimals=decimals) for v in table["published"]],
+             "measured": [with_interval(*v, decimals) for v in zip(table["measured"], table["ci_low"], table["ci_high"])]}
     long = pd.concat([table[["row", "column"]].assign(value=kind, cell=cells) for kind, cells in shown.items()])
     rows = pd.MultiIndex.from_product([table["row"].unique(), list(shown)], names=["row", "value"])
     wide = long.pivot(index=["row", "value"], columns="column", values="cell")

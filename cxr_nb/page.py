@@ -5,13 +5,12 @@
 # %% auto #0
 __all__ = ['TEMPLATES', 'STUDIED', 'ADAPTED', 'WITHOUT', 'FOUND', 'NOT_SHOWN', 'SHOWN_KINDS', 'sections', 'about_piece',
            'left_out', 'promised', 'miniature_notebooks', 'places', 'in_digits', 'count_column', 'paper_lines',
-           'plain_lines', 'constants', 'notes', 'cells_hold', 'table_views', 'inlined', 'embedded', 'interval',
-           'listed', 'found_introduction', 'found_datasets', 'found_stable_diffusion', 'found_autoencoder',
-           'found_text_encoder', 'trained', 'found_projection', 'found_inversion', 'found_unet', 'found_classification',
-           'found_training', 'changed', 'found_reconstruction', 'found_chexpert', 'found_encoders', 'found_generation',
-           'not_excluded', 'found_effusion', 'found_claims', 'found_clusters', 'found_benchmarks', 'found_ablations',
-           'found_miniature', 'answer_found', 'answer_measured', 'answer', 'drawn', 'section_view', 'provenance',
-           'written', 'report_page']
+           'plain_lines', 'constants', 'notes', 'cells_hold', 'table_views', 'inlined', 'embedded', 'listed',
+           'found_introduction', 'found_datasets', 'found_stable_diffusion', 'found_autoencoder', 'found_text_encoder',
+           'trained', 'found_projection', 'found_inversion', 'found_unet', 'found_classification', 'found_training',
+           'changed', 'found_reconstruction', 'found_chexpert', 'found_encoders', 'found_generation', 'not_excluded',
+           'found_effusion', 'found_claims', 'found_clusters', 'found_benchmarks', 'found_ablations', 'found_miniature',
+           'answer_found', 'answer_measured', 'answer', 'drawn', 'section_view', 'provenance', 'written', 'report_page']
 
 # %% ../nbs/F_page.ipynb #330d7a99
 import base64
@@ -28,7 +27,7 @@ import yaml
 from jinja2 import Environment, StrictUndefined
 from PIL import Image
 
-from .core import TABLE_COLUMNS, Run, load_profile, paper_view, published, slug
+from .core import TABLE_COLUMNS, Run, load_profile, paper_view, published, slug, with_interval
 
 # %% ../nbs/F_page.ipynb #ca40b3ad
 TEMPLATES = resources.files("cxr_nb") / "templates"
@@ -273,15 +272,6 @@ def embedded(
     return {"src": f"data:image/webp;base64,{data}", "width": image.width, "height": image.height}
 
 # %% ../nbs/F_page.ipynb #2de70587
-def interval(
-    values: list,  # value, lower and upper end; the ends may be missing
-    decimals: int = 2,
-) -> str:  # e.g. "0.84 [0.80, 0.88]"
-    "A number with its interval."
-    value, low, high = (*values, None, None)[:3]
-    text = f"{value:.{decimals}f}"
-    return text if low is None or pd.isna(low) else f"{text} [{low:.{decimals}f}, {high:.{decimals}f}]"
-
 def listed(
     words: list[str],
 ) -> str:  # e.g. "a, b and c"
@@ -350,7 +340,7 @@ def found_projection(results, tables):
     own = results["25_textual_projection"]
     texts = own["captions"]
     table = tables["textual_projection"].query("measure == 'R²' and texts == 'captions'").set_index("variant")
-    near = [f"{name} {interval(table.loc[name, ['value', 'ci_low', 'ci_high']])}"
+    near = [f"{name} {with_interval(*table.loc[name, ['value', 'ci_low', 'ci_high']])}"
             for name in dict.fromkeys([table.value.idxmax(), *table.index.intersection(["no projection"])])]
     return [*trained(own["variants"]),
             f"Texts: {texts['training']:,} captions ({texts['source']}); {texts['held_out']:,} others to measure on. "
@@ -395,7 +385,7 @@ def found_reconstruction(results, tables):
     "§3.2: quality, text, and what the judge sees."
     own, means = results["32_autoencoder_results"], results["32_autoencoder_results"]["means"]
     printed = published("figure_3").query("dataset == 'MIMIC-CXR'").set_index("metric")["mean"]
-    said = [f"{name} {interval(means[key], d)} (published {printed[theirs]:g})" for name, key, theirs, d in (
+    said = [f"{name} {with_interval(*means[key], decimals=d)} (published {printed[theirs]:g})" for name, key, theirs, d in (
         ("RMSE", "rmse_xrv", "rmse", 1), ("PSNR", "psnr", "psnr", 1), ("SSIM", "ssim", "ssim", 3))]
     found = [f"Means over {own['n']} pairs ({own['source']}, {own['size']} pixels): {', '.join(said)}. The published "
              "ones are of MIMIC-CXR and Stable Diffusion's own autoencoder."]
@@ -418,9 +408,9 @@ def found_encoders(results, tables):
     for source, s in {own["source"]: own, **own["further"]}.items():
         macro = {name: [v["mean"], v["ci_low"], v["ci_high"]] for name, v in s["macro"].items()}
         ranked = sorted((name for name in macro if name != "bag_of_words"), key=lambda name: -macro[name][0])
-        parts = [f"{name} {interval(macro[name], 1)}" for name in ranked]
+        parts = [f"{name} {with_interval(*macro[name], decimals=1)}" for name in ranked]
         of = f"{source}, macro average of CheXpert@{s['k']}, {len(s['classes'])} classes, {s['reports']} impressions"
-        words = interval(macro["bag_of_words"], 1)
+        words = with_interval(*macro["bag_of_words"], decimals=1)
         found.append(f"{of}: {'; '.join(parts)}; bag of words {words}; chance {s['chance']:.1f}.")
     return found
 
@@ -456,7 +446,7 @@ def found_effusion(results, tables):
     found = [f"The paper's best row is {best}, AUC {printed[best]:g}."]
     for judge in own["judges"]:
         auc = own["auc"][judge]
-        rows = [f"{row} {interval(auc[row])}" for row in printed.index if row in auc]
+        rows = [f"{row} {with_interval(*auc[row])}" for row in printed.index if row in auc]
         asked = own["open_question"].get(judge)
         more = f" By the rule on real images, {best}: {asked['verdict']}." if asked else ""
         if why := own["cannot_tell"].get(judge): found.append(f"No score of a generated image is a test here: {why}.")
@@ -482,7 +472,7 @@ def found_benchmarks(results, tables):
     "Appendix D: what was aimed at, and whether it was reached."
     table = tables["benchmarks"]
     if "aim" not in table: return []
-    return [f"{r.row}: {r.column} {interval([r.measured, r.ci_low, r.ci_high])}, aim {r.aim:g} ({r.size}; {r.device})."
+    return [f"{r.row}: {r.column} {with_interval(r.measured, r.ci_low, r.ci_high)}, aim {r.aim:g} ({r.size}; {r.device})."
             for r in table.dropna(subset="aim").itertuples()]
 
 def found_ablations(results, tables):
@@ -555,7 +545,7 @@ def answer_measured(
     counts = sorted({own["n"][row] for row in rows}) or [0]
     images = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
     of = " by a bundled miniature of Stable Diffusion, with computed chest images for radiographs" if world == "miniature" else ""
-    real = [interval(values) for judge in own["judges"]
+    real = [with_interval(*values) for judge in own["judges"]
             for row, values in own["auc"][judge].items() if row.startswith("Real images: ")]
     told = f", who tell {own['source']} with an effusion from those without with AUC {listed(real)}" if real else ""
     judges = "one classifier, the judge" if len(own["judges"]) == 1 else f"{len(own['judges'])} classifiers, the judges"
