@@ -170,7 +170,9 @@ def _what_to_write(value, type_name):
     word = isinstance(value, bool | int | float | str)
     if type_name == "list" and isinstance(value, list) and not any(v is None or isinstance(v, list | dict) for v in value):
         return f"; quote each: {json.dumps([_as_text(v) for v in value], ensure_ascii=False)}"
-    if type_name == "list" and word: return f"; put it in brackets: {json.dumps([_as_text(value)], ensure_ascii=False)}"
+    if type_name == "list" and word:
+        parts = [part.strip() for part in _as_text(value).split(",")]
+        return f"; put it in brackets: {json.dumps(parts, ensure_ascii=False)}"
     if value is None: return {"str": '; for no text write ""', "list": "; for an empty list write []"}.get(type_name, "")
     # what was written is not known here: 010 and 1e1 are 10
     if type_name == "str" and word: return f"""; quote it as it was written: "{_as_text(value)}", at a shell '"{_as_text(value)}"'"""
