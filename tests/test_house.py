@@ -129,7 +129,8 @@ def test_committed_results_are_one_clean_run_of_the_demo():
     assert records
     for path, record in zip(RECORDS, records.values()):
         assert record["parameters"] == core.resolve_parameters(record["notebook"], "demo")
-        assert not {"seconds", "device", "peak_memory_mb"} & record.keys(), f"{path.name} holds what is another at every run"
+        if record["notebook"] != "D_benchmarks":  # whose results are times
+            assert not {"seconds", "device", "peak_memory_mb"} & record.keys(), f"{path.name} holds what is another at every run"
         assert re.fullmatch(r"[0-9a-f]{40}", record["commit"]), f"{path.name} was made from uncommitted code: {record['commit']}"
         assert (ROOT / f"outputs/demo/notebooks/{record['notebook']}.ipynb").exists()
         for name, digest in record["outputs"].items():
