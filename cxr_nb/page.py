@@ -205,7 +205,7 @@ def cells_hold(
 ) -> str:  # "words", "numbers", or "numbers broad"
     "What a table holds, which says how a phone shows it: as a list, two columns at a time, or one."
     if any(len(cell) > 40 for cell in cells): return "words"
-    return "numbers broad" if any(len(cell) > 23 and "[" in cell for cell in cells) else "numbers"
+    return "numbers broad" if any(len(cell) > 22 and "[" in cell for cell in cells) else "numbers"
 
 def table_views(
     path: Path,  # a CSV
