@@ -6,6 +6,7 @@
 __all__ = ['damaged_packages', 'main']
 
 # %% ../nbs/08_command.ipynb #08c0de04
+import os
 import sys
 from importlib import metadata
 
@@ -15,14 +16,16 @@ def damaged_packages() -> list[str]:
     lacking = []
     for package in metadata.distributions():
         # a package, or a module of one file
-        imported = [file for file in package.files or [] if str(file).endswith(".py") and len(file.parts) == 1 + (file.name == "__init__.py")]
+        files = [file for file in package.files or [] if file.suffix == ".py"]
+        imported = [file for file in files if len(file.parts) == 1 + (file.name == "__init__.py")]
         if not all(file.locate().exists() for file in imported): lacking.append(package.metadata["Name"])
     return sorted(lacking)
 
 # %% ../nbs/08_command.ipynb #08c0de09
 def main() -> None:
     "The command `cxr_nb`: `cxr_nb.report.main` in an environment that is whole, else one line."
-    if lacking := damaged_packages():
+    # a report has looked before it started this as a job
+    if "CXR_NB_REPORT" not in os.environ and (lacking := damaged_packages()):
         sys.exit(f"cxr_nb: the environment lacks parts of {', '.join(lacking)}; delete .venv, and make makes it anew")
     from cxr_nb.report import main as command
     command()
