@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PACKAGE', 'LONGEST_NAME', 'PARAMETER_TYPES', 'GIT_WAIT', 'TABLE_COLUMNS', 'repo_root', 'outputs_dir', 'slug', 'slugs',
-           'find_path', 'source_file', 'source_names', 'written_whole', 'suggestion', 'check_parameter',
+           'find_path', 'source_file', 'source_names', 'written_whole', 'suggestion', 'check_parameter', 'tagged_cells',
            'declared_parameters', 'plain_value', 'read_yaml', 'read_value', 'load_profile', 'resolve_parameters',
            'notebook_named', 'seed_everything', 'torch_device', 'sha256', 'git_commit', 'git_would_track',
            'places_beside', 'versions', 'device_name', 'peak_memory_mb', 'json_value', 'json_text', 'run_folder', 'Run',
@@ -204,16 +204,22 @@ def _stamp(path):
 @lru_cache(maxsize=256)
 def _cells(stamp): return json.loads(stamp[0].read_text(encoding="utf-8"))["cells"]
 
-def _parameters_cell(notebook):
-    "The source of a notebook's cell tagged `parameters`."
+def tagged_cells(
+    notebook: str,  # stem of a notebook in nbs/
+    tag: str,  # in the cell's metadata
+) -> list[str]:  # their sources
+    "A notebook's cells that bear a tag; raises FileNotFoundError for one that is not there, ValueError for one that is broken."
     path = source_file(f"{notebook}.ipynb")
     if not path.exists():
         near = suggestion(notebook, source_names("", ".ipynb"))
         raise FileNotFoundError(f"notebook {notebook}: no file nbs/{notebook}.ipynb{near}")
-    try:
-        tagged = ["".join(c["source"]) for c in _cells(_stamp(path)) if "parameters" in c["metadata"].get("tags", [])]
+    try: return ["".join(c["source"]) for c in _cells(_stamp(path)) if tag in c["metadata"].get("tags", [])]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"notebook {notebook}: nbs/{notebook}.ipynb is no whole notebook ({error!r}); restore it") from None
+
+def _parameters_cell(notebook):
+    "The source of a notebook's cell tagged `parameters`."
+    tagged = tagged_cells(notebook, "parameters")
     if len(tagged) != 1: raise ValueError(f"notebook {notebook}: {len(tagged)} cells tagged 'parameters', expected one")
     return tagged[0]
 
