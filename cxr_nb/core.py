@@ -8,7 +8,7 @@ __all__ = ['PACKAGE', 'LONGEST_NAME', 'PARAMETER_TYPES', 'GIT_WAIT', 'TABLE_COLU
            'declared_parameters', 'plain_value', 'read_yaml', 'read_value', 'load_profile', 'resolve_parameters',
            'notebook_named', 'seed_everything', 'torch_device', 'sha256', 'git_commit', 'git_would_track',
            'places_beside', 'versions', 'device_name', 'peak_memory_mb', 'json_value', 'json_text', 'run_folder', 'Run',
-           'figure_style', 'published', 'with_interval', 'paper_view']
+           'figure_style', 'unlike_declared', 'published', 'with_interval', 'paper_view']
 
 # %% ../nbs/00_core.ipynb #dc2339fb
 import ast
@@ -31,6 +31,7 @@ from copy import deepcopy
 from dataclasses import fields, is_dataclass
 from datetime import date
 from difflib import get_close_matches
+from fnmatch import fnmatchcase
 from functools import lru_cache
 from importlib import metadata, resources
 from io import BytesIO
@@ -619,6 +620,7 @@ class Run:
         self.profile_folder = outputs_dir(self.parameters["profile"])
         self.folder = run_folder(notebook, self.parameters)
         self.inputs, self.outputs = {}, {}
+        self.reads, self.writes = namespace.get("reads"), namespace.get("writes")  # of the cell tagged `files`
         self.refuse_tracked(places_beside(self.parameters))
         if "seed" in self.parameters: seed_everything(self.parameters["seed"])
 
@@ -640,23 +642,6 @@ def refuse_tracked(
             "somebody's own, which a data use agreement may protect, do not belong into a commit; use a profile whose "
             "results are ignored, such as public"
         )
-
-# %% ../nbs/00_core.ipynb #4d5064f0
-@patch
-def need(
-    self: Run,
-    name: str,  # path below outputs/<profile>, e.g. "cohorts/text_reports.csv"
-    made_by: str,  # stem of the notebook that writes it
-) -> Path:
-    "Path of a file of this profile that must be there; it is hashed into the record."
-    path = self.profile_folder / name
-    if not path.exists():
-        profile = self.parameters["profile"]
-        raise FileNotFoundError(
-            f"outputs/{profile}/{name} is missing; notebook {made_by} makes it: cxr_nb run {made_by} --profile {profile}"
-        )
-    self.inputs[name] = sha256(path)
-    return path
 
 # %% ../nbs/00_core.ipynb #b544632d
 @patch
@@ -803,6 +788,20 @@ def figure_style() -> None:
         rc={"figure.dpi": 72, "axes.titlelocation": "left", "image.interpolation": "nearest"},
     )
 
+# %% ../nbs/00_core.ipynb #81ac6f82
+def unlike_declared(
+    writes: Sequence[str],  # files below outputs/<profile>, or patterns of files that may be written
+    outputs: Sequence[str],  # files and folders that were
+) -> str:
+    "What is missing from a run's outputs or is not declared, in words; empty where neither is."
+    promised = [file for file in writes if not re.search(r"[*?[]", file)]
+    # a folder of images is declared by a file in it or beside it
+    stands = [str(PurePath(file).parent) for file in writes if file.startswith("images/")]
+    missing = [file for file in promised if not any(PurePath(file).is_relative_to(output) for output in outputs)]
+    more = [output for output in outputs if not any(fnmatchcase(output, file) or file.startswith(f"{output}/") for file in writes)]
+    more = [output for output in more if not any(PurePath(output).is_relative_to(folder) for folder in stands)]
+    return "; ".join([f"{file} was not written" for file in missing] + [f"{output} is not declared" for output in more])
+
 # %% ../nbs/00_core.ipynb #9078cbb2
 @patch
 def finish(
@@ -811,8 +810,11 @@ def finish(
 ) -> dict:
     """Write `records/<notebook>.json` and return it, and what the run took as `times/<notebook>.json`.
 
-    Raises TypeError, naming the key, for what is no JSON value.
+    Raises TypeError, naming the key, for what is no JSON value, and ValueError where
+    other files were written than the notebook declares.
     """
+    if self.writes is not None and (why := unlike_declared(self.writes, [*self.outputs])):
+        raise ValueError(f"notebook {self.notebook}: its cell tagged 'files' does not say what it writes: {why}")
     results = json_value(results, f"notebook {self.notebook}: results")
     record = {
         "notebook": self.notebook, "parameters": self.parameters, "results": results,

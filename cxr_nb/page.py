@@ -79,7 +79,7 @@ def promised(
     record: dict,  # of the notebook that wrote it
 ) -> Path:
     "Path of a file that a record names; raises FileNotFoundError, or ValueError where the file is another."
-    path = run.need(piece, record["notebook"])
+    path = run.need(piece)
     if run.inputs[piece] != record["outputs"][piece]:
         name, profile = record["notebook"], run.parameters["profile"]
         raise ValueError(
@@ -666,7 +666,7 @@ def report_page(
             there = (run.profile_folder / f"records/{name}.json").exists()
             if name in profile and not there: reasons[name] = f"measured apart from the report, by {section['apart']}"
     asked = [name for section in parts for name in section["notebooks"] if name not in reasons]
-    records = {name: json.loads(run.need(f"records/{name}.json", name).read_text(encoding="utf-8")) for name in asked}
+    records = {name: json.loads(run.need(f"records/{name}.json").read_text(encoding="utf-8")) for name in asked}
     marked = miniature_notebooks(records)
     shown = [section_view(run, section, records, reasons, marked, limits) for section in parts]
     data = profile.get("21_datasets", {})
