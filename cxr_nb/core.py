@@ -320,7 +320,8 @@ def _profile_file(name):
         raise FileNotFoundError(missing + suggestion(name, known))
     try: sections = deepcopy(_sections(_stamp(path)))
     except ValueError as error: raise ValueError(f"profile '{name}': {error}") from None
-    given = {key: value for key, value in sections.items() if key != "base"} if isinstance(sections, dict) else {0: 0}
+    sections = {} if sections is None else sections
+    given = {key: value for key, value in sections.items() if key not in ("base", "without")} if isinstance(sections, dict) else {0: 0}
     if not all(isinstance(section, dict) for section in given.values()):
         raise ValueError(f"profile '{name}': expected one section of parameters per notebook")
     return sections
@@ -328,22 +329,28 @@ def _profile_file(name):
 # %% ../nbs/00_core.ipynb #dfb1bf33
 def load_profile(
     name: str,  # file stem in nbs/profiles
-) -> dict[str, dict]:  # notebook -> parameters
+) -> dict[str, dict]:  # notebook -> parameters, of those with a cell tagged `files` and of those the profile names
     "Read a profile; raises FileNotFoundError or ValueError, naming what is there and what is wrong."
     return _with_base(name, ())
 
+def _defaults(notebook): return {name: value for name, (_, value) in declared_parameters(notebook).items() if name != "profile"}
+
 def _with_base(name, derived):
-    "A profile with what it takes from its base; `derived` are the profiles that are based on it."
+    "A profile over its base, or over the notebooks' defaults; `derived` are the profiles that are based on it."
     if name in derived: raise ValueError(f"profile '{name}': is based on itself by {' and '.join(derived)}")
     own = _profile_file(name)
-    base, shared = own.pop("base", None), own.pop("shared", {})
-    sections = _with_base(str(base), (*derived, name)) if base is not None else {}
-    declared = {notebook: declared_parameters(notebook) for notebook in {**sections, **own}}
-    for key in shared:
-        if not any(key in names for names in declared.values()):
-            raise ValueError(f"profile '{name}': shared: no notebook has a parameter '{key}'")
-    taken = {notebook: {k: v for k, v in shared.items() if k in names} for notebook, names in declared.items()}
-    return {notebook: sections.get(notebook, {}) | taken[notebook] | own.get(notebook, {}) for notebook in declared}
+    base, shared, without = own.pop("base", None), own.pop("shared", {}), own.pop("without", [])
+    report = [notebook for notebook in source_names("", ".ipynb") if tagged_cells(notebook, "files")]
+    sections = _with_base(str(base), (*derived, name)) if base is not None else {n: _defaults(n) for n in report}
+    sections |= {notebook: _defaults(notebook) for notebook in own if notebook not in sections}
+    _check_names(f"profile '{name}': without: no notebook", without, sections)
+    _check_names(f"profile '{name}': shared: no notebook has a parameter", shared, {key for s in sections.values() for key in s})
+    taken = {notebook: {k: v for k, v in shared.items() if k in section} for notebook, section in sections.items()}
+    return {n: section | taken[n] | own.get(n, {}) for n, section in sections.items() if n not in without}
+
+def _check_names(where, names, known):
+    for name in names:
+        if name not in known: raise ValueError(f"{where} '{name}'{suggestion(name, sorted(known))}")
 
 # %% ../nbs/00_core.ipynb #dc312112
 def resolve_parameters(
@@ -353,7 +360,7 @@ def resolve_parameters(
 ) -> dict:  # every parameter of the notebook
     """The parameters a notebook runs with, checked by name and type.
 
-    Raises KeyError for an unknown or missing parameter and TypeError for a
+    Raises KeyError for an unknown parameter and TypeError for a
     mistyped one, each naming the notebook and the key.
     """
     sections = load_profile(profile)
@@ -370,7 +377,6 @@ def resolve_parameters(
         known = ", ".join(declared) + suggestion(name, [*declared])
         raise KeyError(f"{where}: unknown parameter '{name}'; it takes {known}")
     for name, (type_name, _) in declared.items():
-        if name not in given: raise KeyError(f"{where}: missing parameter '{name}' ({type_name})")
         check_parameter(where, name, given[name], type_name)
     return {name: given[name] for name in declared}
 
