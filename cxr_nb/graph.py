@@ -142,7 +142,7 @@ def _nothing_to_do(notebook, files, parameters):
     if any(not is_pattern(file) for file in files.writes): return ""
     source = tagged_cells(notebook, "files")[0]
     empty = [name for name, value in parameters.items() if not value and re.search(rf"\b{name}\b", source)]
-    return "it has nothing to write" + f": {' and '.join(empty)} is empty" * bool(empty)
+    return f"{notebook} has nothing to write" + f", because {' and '.join(empty)} is empty" * bool(empty)
 
 # %% ../nbs/02_graph.ipynb #70218206
 def _unfed(notebook, files, known):
@@ -150,7 +150,7 @@ def _unfed(notebook, files, known):
     for file in (file for file in files[notebook].reads if not is_pattern(file)):
         if _maker(file, files): continue
         maker = _maker(file, known)
-        return f"it reads {file}, " + (f"and {maker} is left out" if maker else "which no notebook of this profile writes")
+        return f"{notebook} reads {file}, " + (f"and {maker} is left out" if maker else "which no notebook of this profile writes")
     return ""
 
 # %% ../nbs/02_graph.ipynb #8cf628af
