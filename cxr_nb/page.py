@@ -50,8 +50,8 @@ def left_out(
     made: Graph,  # of the page's profile
 ) -> dict[str, str]:  # notebook -> why, in words
     "Notebooks of the page that a profile does not run."
-    names = [name for section in sections() for name in section["notebooks"] if name not in made.notebooks]
-    return {name: made.left_out.get(name, f"this profile leaves {name} out") for name in names}
+    names = [name for section in sections() for name in section["notebooks"]]
+    return {name: made.left_out[name] for name in names if name in made.left_out}
 
 # %% ../nbs/F_page.ipynb #dafabdb7
 def promised(

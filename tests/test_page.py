@@ -30,7 +30,8 @@ def made_up(tmp_path, monkeypatch):
     profile = {"33_text_encoder_results": {}, "C_miniature": {}, "D_benchmarks": {}}
     monkeypatch.setattr(core, "load_profile", lambda name: profile)
     files = [graph.Files([], ["tables/table_2.csv", "figures/chexpert_at_k*"]), graph.Files([], ["tables/miniature.csv", "figures/miniature_prompts.png"])]
-    made = graph.Graph(dict(zip(profile, [*files, graph.Files([], [])])), {}, {})
+    others = [name for section in page.sections() for name in section["notebooks"] if name not in profile]
+    made = graph.Graph(dict(zip(profile, [*files, graph.Files([], [])])), {name: f"profile 'made' leaves {name} out" for name in others}, {})
     for module in (graph, page): monkeypatch.setattr(module, "graph", lambda name: made)
 
     def leave(name, results, tables, figures, **parameters):
@@ -162,7 +163,7 @@ def test_what_is_missing_stops_the_page_with_the_notebooks_name(made_up):
 
 def test_what_the_profile_leaves_out_is_said(made_up):
     html, about, _ = made_up()
-    assert "Not in this run: this profile leaves 23_autoencoder out." in html
+    assert "Not in this run: profile &#39;made&#39; leaves 23_autoencoder out." in html
     assert about["left_out"]["D_benchmarks"] == "measured apart from the report, by make benchmarks"
 
 

@@ -207,7 +207,7 @@ def test_failed_run_says_why_in_one_line_and_keeps_its_notebook(project, run_in)
     profile(project, GOOD.replace("k: 3", "k: 70"))
     done = run_in(project, "cxr_nb", "run", "99_small", "--profile", "tiny")
     assert done.returncode == 1
-    assert "cxr_nb: notebook 99_small failed: ValueError: k=70 is too large\nsee outputs/tiny/failed/99_small.ipynb" in done.stderr and "Traceback" not in done.stderr
+    assert "cxr_nb: notebook 99_small failed: ValueError: k=70 is too large; see outputs/tiny/failed/99_small.ipynb" in done.stderr and "Traceback" not in done.stderr
     assert "k=70 is too large" in (project / "outputs/tiny/failed/99_small.ipynb").read_text()
     assert "k=70" not in (project / "outputs/tiny/notebooks/99_small.ipynb").read_text() and not list(project.rglob(".partial-*"))
     profile(project, GOOD)
