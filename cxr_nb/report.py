@@ -77,8 +77,7 @@ def _encoders(p):
         shown = p["B_text_clusters"][name]
         if shown: yield "B_text_clusters", name, [shown], "24_text_encoder", [*encoders, "bag_of_words"]
     absent = [name for name in published("table_2").encoder if name not in encoders]
-    for line in p["40_discussion"]["stand_ins"]:
-        printed, _, own = (part.strip() for part in line.partition("="))
+    for printed, own in p["40_discussion"]["stand_ins"].items():
         yield "40_discussion", "stand_ins", [printed], "Table 2 (what 24_text_encoder lacks)", absent
         yield "40_discussion", "stand_ins", [own], "24_text_encoder", encoders
 
