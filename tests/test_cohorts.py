@@ -894,12 +894,11 @@ def project(tmp_path_factory, copy_project, base, turned, edited_choice):
     (copy / "data/mine").symlink_to(base / "turned")
     trees.laion(copy / "data/laion")
     edited_choice.to_csv(copy / "mine.csv", index=False)
-    profile = (copy / "nbs/profiles/smoke.yaml").read_text()
-    for key, value in {"chexpert": "data/chexpert", "mimic_cxr": "data/mimic", "mimic_cxr_reports": "data/reports", "openi_images": "data/openi", "nih": "data/nih",
-                       "folders": "[Mine=data/mine]", "laion_400m": "data/laion", "sample_size": 24, "inverted": "invert", "text_sources": "[Open-i]", "few_shot_source": "CheXpert", "few_shot": 2, "few_shot_choice": "mine.csv", "check_files": "true"}.items():
-        old = next(line for line in profile.splitlines() if line.startswith(f"  {key}: "))
-        profile = profile.replace(old, f"  {key}: {value}")
-    (copy / "nbs/profiles/all.yaml").write_text(profile.replace("sources: [Phantoms]", "sources: [CheXpert]").replace(" source: Phantoms", " source: CheXpert"))
+    data = {"chexpert": "data/chexpert", "mimic_cxr": "data/mimic", "mimic_cxr_reports": "data/reports", "openi_images": "data/openi", "nih": "data/nih",
+            "folders": ["Mine=data/mine"], "laion_400m": "data/laion", "sample_size": 24, "inverted": "invert", "text_sources": ["Open-i"], "few_shot_source": "CheXpert",
+            "few_shot": 2, "few_shot_choice": "mine.csv", "check_files": True}
+    sections = {"base": "smoke", "shared": {"source": "CheXpert", "sources": ["CheXpert"]}, "21_datasets": data}
+    (copy / "nbs/profiles/all.yaml").write_text(yaml.safe_dump(sections))
     return copy
 
 
@@ -999,9 +998,8 @@ def test_data_of_others_stay_out_of_what_git_tracks(project, run_in, tmp_path):
     copy = shutil.copytree(project, tmp_path / "clone", symlinks=True, ignore=shutil.ignore_patterns("outputs", ".snakemake"))
     subprocess.run(["git", "init", "-q", copy], check=True)
     path = copy / "nbs/profiles/demo.yaml"
-    sections = yaml.safe_load(path.read_text())
-    sections["21_datasets"] |= {"chexpert": "data/chexpert", "text_sources": ["Open-i", "Mine=data/mine"], "laion_400m": "data/laion"}
-    path.write_text(yaml.safe_dump(sections))
+    own = {"chexpert": "data/chexpert", "text_sources": ["Open-i", "Mine=data/mine"], "laion_400m": "data/laion"}
+    path.write_text(yaml.safe_dump({"21_datasets": own}))
     done = run_in(copy, "cxr_nb", "run", "21_datasets")
     tracked = subprocess.run(["git", "-C", copy, "status", "--porcelain", "--untracked-files=all", "outputs"], capture_output=True, text=True, check=True)
     assert done.returncode == 1 and tracked.stdout == ""

@@ -11,7 +11,7 @@ import nbformat
 import pytest
 from papermill.cli import _resolve_type
 
-from cxr_nb import core, processes, report
+from cxr_nb import core, graph, processes, report
 
 
 @pytest.fixture
@@ -37,7 +37,6 @@ GOOD = "99_small:\n  k: 3\n  rate: 1\n  names: [x, y]\n"
 
 @pytest.mark.parametrize("text, arguments, message", [
     (GOOD + "  kk: 5\n", [], "profile 'tiny', notebook 99_small: unknown parameter 'kk'; it takes profile, k, rate, names"),
-    (GOOD.replace("  k: 3\n", ""), [], "profile 'tiny', notebook 99_small: missing parameter 'k' (int)"),
     (GOOD.replace("3", "three"), [], "profile 'tiny', notebook 99_small: parameter 'k' takes int, not 'three' (str)"),
     (GOOD.replace("3", "true"), [], "parameter 'k' takes int, not True (bool)"),
     (GOOD.replace("[x, y]", "x"), [], "parameter 'names' takes list of text, not 'x' (str)"),
@@ -244,9 +243,16 @@ def test_plain_papermill_gets_the_type_check_in_the_next_cell(project, run_in):
 
 def test_missing_input_names_notebook_and_command(tmp_path, monkeypatch):
     monkeypatch.setenv("CXR_NB_OUTPUTS", str(tmp_path))
-    run = core.Run("33_text_encoder_results", {"profile": "demo", "__annotations__": {"profile": str}})
-    with pytest.raises(FileNotFoundError, match="^outputs/demo/cohorts/x.csv is missing; notebook 21_datasets makes it: cxr_nb run 21_datasets --profile demo$"):
-        run.need("cohorts/x.csv")
+    run = graph.Run("33_text_encoder_results", {"profile": "demo", "__annotations__": {"profile": str}})
+    with pytest.raises(FileNotFoundError, match="^outputs/demo/cohorts/sources.json is missing; notebook 21_datasets makes it: cxr_nb run 21_datasets --profile demo$"):
+        run.need("cohorts/sources.json")
+
+
+def test_what_a_profile_does_not_give_is_the_notebooks_default(project, monkeypatch):
+    monkeypatch.chdir(project)
+    profile(project, "99_small:\n  rate: 2\n")
+    assert core.resolve_parameters("99_small", "tiny") == {"profile": "tiny", "k": 10, "rate": 2, "names": ["a"]}
+    assert core.resolve_parameters("34_generation_results", "tiny") == core.resolve_parameters("34_generation_results", "demo") | {"profile": "tiny"}
 
 
 def test_a_profile_holds_only_what_differs_from_its_base(project, monkeypatch):
@@ -263,6 +269,7 @@ def test_a_profile_holds_only_what_differs_from_its_base(project, monkeypatch):
     ("base: mine\n", "profile 'mine': is based on itself by mine"),
     ("base: nobody\n", "profile 'nobody': no file nbs/profiles/nobody.yaml"),
     ("base: ../tiny\n", "profile '../tiny': a name has letters, digits, points, dashes and underscores"),
+    ("shared:\n  negative_promt: x\n", "shared: no notebook has a parameter 'negative_promt'; did you mean 'negative_prompt'?"),
     ("base: tiny\nshared: 3\n", "profile 'mine': expected one section of parameters per notebook"),
 ])
 def test_a_base_that_is_none_is_refused(project, monkeypatch, text, message):
