@@ -137,7 +137,7 @@ def test_unknown_profile_names_those_there_are(project, monkeypatch):
     (["99_smlal", "--profile", "tiny"], "; did you mean '99_small'?"),
     (["0", "--profile", "tiny"], "there are 00_core and 01_metrics"),
     (["", "--profile", "tiny"], "notebook : no file"),
-    (["00", "--profile", "tiny"], "notebook 00_core: the profile has no section 00_core; it has 99_small"),
+    (["00", "--profile", "tiny"], "notebook 00_core: the profile has no section 00_core; it has 03_phantoms, "),
     (["99", "--profile", "tiny", "-p", "k=5"], "-p k=5: write a name and a value, -p k 5"),
     (["99", "--profile", "tiny", "--parameter", "names=[a b]"], "-p names=[a b]: write a name and a value, -p names '[a b]'"),
     (["-p", "k=5", "99", "--profile", "tiny"], "-p k=5: write a name and a value, -p k 5"),
