@@ -7,25 +7,25 @@ from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
 
-from cxr_nb import core, report, runner
+from cxr_nb import places, profiles, report, runner
 
 # with the file's suffix where the name alone would read as a number, as Snakemake reads it
 PROFILE = str(config.get("profile", "demo")).removesuffix(".yaml")
-OUT = os.path.relpath(core.outputs_dir(PROFILE))
+OUT = os.path.relpath(places.outputs_dir(PROFILE))
 # small models gain little from a second thread; on a GPU notebooks would share its memory
 AT_ONCE = 1 if shutil.which("nvidia-smi") else 2
 try:
-    PARAMETERS = {name: core.resolve_parameters(name, PROFILE) for name in core.load_profile(PROFILE)}
+    PARAMETERS = {name: profiles.resolve_parameters(name, PROFILE) for name in profiles.load_profile(PROFILE)}
     if wrong := report.unfitting(PROFILE): raise ValueError("\n".join(wrong))
 except (FileNotFoundError, KeyError, TypeError, ValueError) as error:
     raise WorkflowError(error.args[-1])
 
 text = PARAMETERS["24_text_encoder"]
-ENCODERS = [core.slug(line.partition("=")[0]) for line in text["encoders"]] + ["tf_idf_svd"] * bool(text["svd_components"])
+ENCODERS = [places.slug(line.partition("=")[0]) for line in text["encoders"]] + ["tf_idf_svd"] * bool(text["svd_components"])
 EMBEDDINGS = [f"measures/text_embeddings_{name}.parquet" for name in ENCODERS]
 FIGURES = [f for f in ("figure_6", "figure_7", "figure_8") if PARAMETERS["B_text_clusters"][f]]
 # what file names of each text source end with, as datasets.text_sets has it
-SETS = ["", *(f"_{core.slug(line.partition('=')[0])}" for line in PARAMETERS["21_datasets"]["text_sources"][1:])]
+SETS = ["", *(f"_{places.slug(line.partition('=')[0])}" for line in PARAMETERS["21_datasets"]["text_sources"][1:])]
 
 
 def figures(*names): return [f"figures/{name}.{kind}" for name in names for kind in ("png", "svg")]
@@ -41,7 +41,7 @@ def cohorts():
     "What 21_datasets writes, which depends on the data sets the profile names."
     data = PARAMETERS["21_datasets"]
     keys = {"chexpert": "chexpert", "mimic_cxr": "mimic_cxr", "openi_images": "open_i", "nih": "nih_chestx_ray14"}
-    own = [core.slug(line.partition("=")[0]) for line in data["folders"]]
+    own = [places.slug(line.partition("=")[0]) for line in data["folders"]]
     images = [name for key, name in keys.items() if data[key]] + own
     files = ["sources.json", *(f"{name}{of}.csv" for name in ("text_reports", "text_evaluation", "text_evaluation_classes") for of in SETS)]
     files += [f"{name}.csv" for name in dict.fromkeys(["open_i", "nih_chestx_ray14", *images])]
@@ -58,14 +58,14 @@ MADE = Path("cxr_nb/miniature/made.json")
 
 def drawn(method, variants, prompts, n):
     "Images a notebook draws, below images/<method>/<variant>/<prompt>."
-    places = [f"images/{method}/{core.slug(variant)}/{core.slug(prompt)}" for variant in variants for prompt in prompts]
-    return [f"{place}/{i:04}.png" for place in places for i in range(n)]
+    folders = [f"images/{method}/{places.slug(variant)}/{places.slug(prompt)}" for variant in variants for prompt in prompts]
+    return [f"{folder}/{i:04}.png" for folder in folders for i in range(n)]
 
 
 def original_images():
     "What 22_stable_diffusion samples."
     own = PARAMETERS["22_stable_diffusion"]
-    names = [f"{core.slug(prompt)}/{i:04}.png" for prompt in own["prompts"] for i in range(own["images_per_prompt"])]
+    names = [f"{places.slug(prompt)}/{i:04}.png" for prompt in own["prompts"] for i in range(own["images_per_prompt"])]
     return [f"images/original/{name}" for name in names]
 
 
@@ -109,9 +109,9 @@ def adaptation_graph():
 def ablations(few_shot):
     "What E_ablations reads and writes: the U-Nets that 27_unet_finetuning trained, trained and sampled in other ways."
     own = PARAMETERS["E_ablations"]
-    cohort = [f"cohorts/{core.slug(PARAMETERS['21_datasets']['few_shot_source'])}.csv"]
+    cohort = [f"cohorts/{places.slug(PARAMETERS['21_datasets']['few_shot_source'])}.csv"]
     records = [f"records/{name}.json" for name in ("27_unet_finetuning", "28_classification", "33_text_encoder_results")]
-    features = f"measures/generated_features_{core.slug(Path(own['extractor']).name)}.parquet"
+    features = f"measures/generated_features_{places.slug(Path(own['extractor']).name)}.parquet"
     texts = [*of_sets("cohorts/text_evaluation", "csv"), "measures/bag_of_words.parquet", *EMBEDDINGS]
     varied = ["runs", "few_shot_images", "training_steps", "prior_weight", "guidance_scale", "sampler_steps"]
     tables = [f"tables/{name}.csv" for name in ("ablations", "ablation_seeds")]
@@ -121,12 +121,12 @@ def ablations(few_shot):
 
 def results_graph(pictures):
     "What is measured on the images that were drawn (§§2.8, 3.4, 3.5)."
-    own, source = PARAMETERS["28_classification"], core.slug(PARAMETERS["28_classification"]["source"])
-    judges, kinds = ([core.slug(Path(name).name) for name in own[key]] for key in ("judges", "extractors"))
+    own, source = PARAMETERS["28_classification"], places.slug(PARAMETERS["28_classification"]["source"])
+    judges, kinds = ([places.slug(Path(name).name) for name in own[key]] for key in ("judges", "extractors"))
     real = ["cohorts/sources.json", "cohorts/few_shot.csv", f"cohorts/{source}.csv"] * bool(source)
     measured = ["measures/generated_probabilities.parquet", *(f"measures/generated_features_{kind}.parquet" for kind in kinds)]
     read = ["records/28_classification.json", *measured]
-    main = core.slug(Path(PARAMETERS["35_classification_results"]["judge"]).name)
+    main = places.slug(Path(PARAMETERS["35_classification_results"]["judge"]).name)
     tables = ["table_5", *(f"table_5_{judge}" for judge in judges if judge != main), "classification_thresholds"]
     tables += ["judges_compared"] * (len(judges) > 1) + ["domain_gap"] * bool(source)
     rebuilt = [f"measures/reconstruction_features_{kind}.parquet" for kind in kinds] * bool(source)
@@ -152,7 +152,7 @@ def discussion_graph(graph):
     tables = [file for name in results for file in graph[name][1] if file.startswith("tables/")]
     records = [f"records/{name}.json" for name in graph if name[0] in "23AC"]
     source = PARAMETERS["32_autoencoder_results"]["source"]
-    by_label = ["measures/reconstruction.parquet", f"cohorts/{core.slug(source)}_sample.csv"] * ("32_autoencoder_results" in graph)
+    by_label = ["measures/reconstruction.parquet", f"cohorts/{places.slug(source)}_sample.csv"] * ("32_autoencoder_results" in graph)
     made = ["tables/claims.csv", *["tables/reconstruction_by_label.csv"] * bool(by_label), *figures("claims")]
     return {"40_discussion": ([*tables, *records, *by_label], made)}
 
@@ -161,11 +161,11 @@ def autoencoder_graph():
     "The study of the VAE, where the profile has radiographs for it."
     own = PARAMETERS["23_autoencoder"]
     if not own["sources"]: return {}
-    cohort = ["cohorts/sources.json", *(f"cohorts/{core.slug(source)}_sample.csv" for source in own["sources"])]
+    cohort = ["cohorts/sources.json", *(f"cohorts/{places.slug(source)}_sample.csv" for source in own["sources"])]
     pairs = [f"measures/reconstruction{kind}.parquet" for kind in ("", "_probabilities", "_similarity")]
-    sets = [f"measures/reconstruction_features_{core.slug(Path(name).name)}.parquet" for name in own["extractors"]]
+    sets = [f"measures/reconstruction_features_{places.slug(Path(name).name)}.parquet" for name in own["extractors"]]
     shown = [
-        f"images/autoencoder/{core.slug(source)}/{side}/{i:04}.png"
+        f"images/autoencoder/{places.slug(source)}/{side}/{i:04}.png"
         for source in own["sources"] for side in ("original", "reconstruction") for i in range(own["examples"])
     ]
     drawn = [*figures("figure_3", "reconstruction_by_size"), *sheets("reconstruction_examples")]
@@ -237,7 +237,7 @@ EDITED = {
     **{name: ["cxr_nb/published/claims.csv"] for name in ("10_introduction", "40_discussion")},
     "F_page": ["cxr_nb/templates/report.html", "cxr_nb/templates/report.yaml"],
     "21_datasets": [
-        str(core.find_path(PARAMETERS["21_datasets"][key]))
+        str(places.find_path(PARAMETERS["21_datasets"][key]))
         for key in ("few_shot_choice", "reference_labels") if PARAMETERS["21_datasets"][key]
     ],
 }
@@ -280,7 +280,7 @@ for name, (reads, _) in GRAPH.items():
             # neither its prose nor outputs that were saved in it change what a notebook computes
             code=runner.code_hash(name),
             parameters=PARAMETERS[name],
-            apart=[core.sha256(path) for path in APART_RECORDS if path.exists()] if name == "F_page" else [],
+            apart=[places.sha256(path) for path in APART_RECORDS if path.exists()] if name == "F_page" else [],
             command=Path(sys.executable).parent / "cxr_nb",
         threads: max(1, workflow.cores // AT_ONCE)
         # what takes longest begins first, and all that it waits for

@@ -20,7 +20,7 @@ from threading import Thread
 
 import psutil
 
-from .core import written_whole
+from .places import written_whole
 
 # %% ../nbs/05_processes.ipynb #05c0de07
 def _text(path):

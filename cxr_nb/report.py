@@ -18,9 +18,12 @@ import sys
 from argparse import ArgumentParser
 from pathlib import Path
 
-from .core import load_profile, outputs_dir, plain_value, published, repo_root, resolve_parameters, sha256
+from .places import outputs_dir, repo_root, sha256
 from .processes import end_children, end_with, make_writable, one_writer, process_id
+from .profiles import load_profile, resolve_parameters
 from .runner import run_or_exit
+from .tables import published
+from .values import plain_value
 
 # %% ../nbs/07_report.ipynb #07c0de07
 SOURCES = {  # parameter of 21_datasets that holds a folder -> name of the data set

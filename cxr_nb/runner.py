@@ -19,9 +19,12 @@ from contextlib import chdir, contextmanager
 from io import BytesIO
 from pathlib import Path
 
-from .core import find_path, notebook_named, read_value, repo_root, resolve_parameters, run_folder, source_file
-from .core import written_whole
+from .core import run_folder
+from .places import find_path, repo_root, source_file
+from .places import written_whole
 from .processes import end_with, one_writer
+from .profiles import notebook_named, resolve_parameters
+from .values import read_value
 
 # %% ../nbs/06_runner.ipynb #4c4e46e6
 def _lighter(data, widest=500):
