@@ -318,9 +318,9 @@ def unfitting(demo, monkeypatch):
     ({"35_classification_results": {"compared": ["Textual Inversion = gan / lung"]}}, "35_classification_results reads 'gan' (compared), and the report names 'original'"),
     ({"35_classification_results": {"compared": ["Original Model = original / SD"]}}, "35_classification_results reads 'SD' (compared), and 22_stable_diffusion names 'Stable Diffusion'"),
     ({"25_textual_projection": {"drawn": ["no projection"]}}, "35_classification_results reads 'token-level projection' (compared), and 25_textual_projection names 'no projection'"),
-    ({"40_discussion": {"stand_ins": ["CLIP = RadBERT"]}}, "40_discussion reads 'RadBERT' (stand_ins), and 24_text_encoder names 'Miniature CLIP'"),
-    ({"40_discussion": {"stand_ins": ["BERT = Miniature CLIP"]}}, "40_discussion reads 'BERT' (stand_ins), and Table 2 (what 24_text_encoder lacks) names 'PubMedBERT'"),
-    ({"21_datasets": {"text_sources": ["MIMIC-CXR", "Open-i"]}}, "21_datasets reads 'MIMIC-CXR' (text_sources), and 21_datasets (with reports) names 'Open-i', 'Phantoms'"),
+    ({"40_discussion": {"stand_ins": {"CLIP": "RadBERT"}}}, "40_discussion reads 'RadBERT' (stand_ins), and 24_text_encoder names 'Miniature CLIP'"),
+    ({"40_discussion": {"stand_ins": {"BERT": "Miniature CLIP"}}}, "40_discussion reads 'BERT' (stand_ins), and Table 2 (what 24_text_encoder lacks) names 'PubMedBERT'"),
+    ({"21_datasets": {"text_sources": {"MIMIC-CXR": "", "Open-i": ""}}}, "21_datasets reads 'MIMIC-CXR' (text_sources), and 21_datasets (with reports) names 'Open-i', 'Phantoms'"),
 ])
 def test_what_no_notebook_makes_is_named(unfitting, changes, message):
     wrong = unfitting(changes)
@@ -339,7 +339,7 @@ def test_a_profile_that_lacks_a_section_is_told_which(unfitting, demo):
 def test_own_images_are_named_in_one_place(tmp_path, copy_project, monkeypatch):
     copy = copy_project(tmp_path)
     monkeypatch.chdir(copy)
-    shared = {"folders": ["Mine=data/mine"], "few_shot_source": "Mine", "sources": ["Mine"], "source": "Mine"}
+    shared = {"folders": {"Mine": "data/mine"}, "few_shot_source": "Mine", "sources": ["Mine"], "source": "Mine"}
     (copy / "nbs/profiles/mine.yaml").write_text(json.dumps({"base": "demo", "shared": shared}))
     assert report.unfitting("mine") == []
     assert profiles.resolve_parameters("28_classification", "mine")["source"] == "Mine"
