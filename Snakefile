@@ -8,17 +8,17 @@ from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
 
-from cxr_nb import core, graph, report, runner
+from cxr_nb import graph, places, profiles, report, runner
 
 # with the file's suffix where the name alone would read as a number, as Snakemake reads it
 PROFILE = str(config.get("profile", "demo")).removesuffix(".yaml")
-OUT = os.path.relpath(core.outputs_dir(PROFILE))
+OUT = os.path.relpath(places.outputs_dir(PROFILE))
 # small models gain little from a second thread; on a GPU notebooks would share its memory
 AT_ONCE = 1 if shutil.which("nvidia-smi") else 2
 try:
     if wrong := report.unfitting(PROFILE): raise ValueError("\n".join(wrong))
     GRAPH = graph.graph(PROFILE)
-    PARAMETERS = core.resolve_all(PROFILE)
+    PARAMETERS = profiles.resolve_all(PROFILE)
 except (FileNotFoundError, KeyError, TypeError, ValueError) as error:
     raise WorkflowError(error.args[-1])
 
@@ -32,7 +32,7 @@ def edited(name):
     files = ["cxr_nb/published/claims.csv"] * (name in ("10_introduction", "40_discussion"))
     files += ["cxr_nb/templates/report.html", "cxr_nb/templates/report.yaml"] * (name == "F_page")
     tables = [PARAMETERS[name].get(key) for key in ("few_shot_choice", "reference_labels")]
-    files += [str(core.find_path(table)) for table in tables if table]
+    files += [str(places.find_path(table)) for table in tables if table]
     # a model that was made anew reruns what uses it
     files += ["cxr_nb/miniature/made.json"] * ("cxr_nb/miniature" in str(PARAMETERS[name]))
     return files + ["cxr_nb/miniature/tuning.csv"] * (name[:2] in ("25", "26", "27"))
@@ -65,7 +65,7 @@ for name, files in GRAPH.notebooks.items():
             # neither its prose nor outputs that were saved in it change what a notebook computes
             code=runner.code_hash(name),
             parameters=PARAMETERS[name],
-            apart=[core.sha256(path) for path in APART_RECORDS if path.exists()] if name == "F_page" else [],
+            apart=[places.sha256(path) for path in APART_RECORDS if path.exists()] if name == "F_page" else [],
             command=Path(sys.executable).parent / "cxr_nb",
         threads: max(1, workflow.cores // AT_ONCE)
         # what takes longest begins first, and all that it waits for

@@ -17,12 +17,12 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
-from .core import TABLE_COLUMNS
 from .datasets import apply_label_policy, hash_uniform
 from .images import load_radiograph, open_radiograph
 from .metrics import box_means, disjoint_halves, frechet_distance, psnr, rmse, score_differences
 from .metrics import score_intervals, ssim, ssim_map
 from .stable_diffusion import decode, draw_latents, encode, gray, to_bytes
+from .tables import TABLE_COLUMNS
 
 # %% ../nbs/23_autoencoder.ipynb #72d84f10
 def latent_seeds(

@@ -12,8 +12,9 @@ import re
 
 import pandas as pd
 
-from .core import published, slug
+from .places import slug
 from .rules import Estimate, exact
+from .tables import published
 
 # %% ../nbs/09_cells.ipynb #abf9f407
 PROMPTS = {

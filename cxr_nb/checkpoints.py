@@ -23,7 +23,7 @@ from huggingface_hub import HfApi, constants, get_hf_file_metadata, hf_hub_downl
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 from huggingface_hub.utils.sha import git_hash
 
-from .core import find_path, sha256, written_whole
+from .places import find_path, sha256, written_whole
 
 # %% ../nbs/03_checkpoints.ipynb #46097809
 def choose_files(

@@ -42,9 +42,9 @@ import pyarrow.parquet
 from fastcore.basics import patch
 from tqdm.auto import tqdm
 
-from .core import find_path, repo_root, slug
 from .images import DICOM, NEGATIVE, exclusion_reason, first_dicom, image_problems, inverted_images, load_radiograph
 from .images import open_radiograph
+from .places import find_path, repo_root, slug
 
 # %% ../nbs/21_datasets.ipynb #abe583ec
 CHEXPERT_LABELS = [

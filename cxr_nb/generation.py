@@ -20,10 +20,11 @@ from scipy.spatial.distance import cdist
 from scipy.stats import rankdata, t
 from tqdm.auto import tqdm
 
-from .core import TABLE_COLUMNS, slug
 from .datasets import CONCEPTS
 from .metrics import alike_interval, disjoint_halves, frechet_distance, precision_recall_density_coverage
 from .metrics import squared_mmd, window_mean
+from .places import slug
+from .tables import TABLE_COLUMNS
 
 # %% ../nbs/34_generation_results.ipynb #e1c99eac
 _EFFUSION = r"(?:pleural )?ef+us+ions?|hydrothora\w+|pleural (?:fluid|liquid)|fluid in the pleural \w+"

@@ -26,7 +26,8 @@ from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
 from .checkpoints import check_finite, find_checkpoint, load_network, read_settings, split_place
-from .core import find_path, sha256, torch_device, written_whole
+from .core import torch_device
+from .places import find_path, sha256, written_whole
 
 # %% ../nbs/04_judges.ipynb #d0ebfb92
 def unit_images(

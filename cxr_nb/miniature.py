@@ -26,13 +26,15 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from .autoencoder import LABEL_TARGETS
-from .core import json_text, sha256, torch_device, versions, written_whole
+from .core import torch_device, versions
 from .datasets import impression_section
 from .images import load_radiograph
 from .judges import build_classifier, save_classifier
 from .phantoms import write_phantoms
 from .pictures import COLOURS, draw_pictures
+from .places import sha256, written_whole
 from .text_encoder import projection_head
+from .values import json_text
 
 # %% ../nbs/C_miniature.ipynb #306e7735
 def _snapshot(model): return {k: v.detach().clone() for k, v in model.state_dict().items()}

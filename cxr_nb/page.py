@@ -17,9 +17,12 @@ import pandas as pd
 import yaml
 from jinja2 import Environment, StrictUndefined
 
-from .core import Run, load_profile, published, slug, with_interval
+from .core import Run
 from .graph import Graph, graph
+from .places import slug
+from .profiles import load_profile
 from .sentences import FOUND, listed
+from .tables import published, with_interval
 from .views import embedded, inlined, table_views
 
 # %% ../nbs/F_page.ipynb #ca40b3ad

@@ -21,7 +21,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from scipy.ndimage import gaussian_filter, zoom
 from tqdm.contrib.concurrent import process_map
 
-from .core import written_whole
+from .places import written_whole
 
 # %% ../nbs/03_phantoms.ipynb #f082b96a
 @dataclass(frozen=True)

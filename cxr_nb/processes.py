@@ -20,21 +20,23 @@ from threading import Thread
 
 import psutil
 
-from .core import written_whole
+from .places import written_whole
 
 # %% ../nbs/05_processes.ipynb #05c0de07
 def _text(path):
     try: return Path(path).read_text().strip()
     except OSError: return ""
 
+# %% ../nbs/05_processes.ipynb #264ef7b6
 def _namespace():
     try: return os.readlink("/proc/self/ns/pid")
     except OSError: return ""
 
+# %% ../nbs/05_processes.ipynb #4bd32a9a
 def process_id(
     pid: int | None = None,  # of this machine; this process by default
 ) -> dict:  # host, boot, namespace, pid, started: JSON values
-    "What names a process beyond its machine; raises psutil.NoSuchProcess where there is none."
+    "What names a process beyond its machine; raises psutil.NoSuchProcess for a number that no process has."
     process = psutil.Process(pid)
     return {
         "host": platform.node(), "boot": _text("/proc/sys/kernel/random/boot_id"), "namespace": _namespace(),
@@ -50,20 +52,24 @@ def is_gone(
     if any(process[key] != here[key] for key in ("host", "boot", "namespace")): return None
     try: running = psutil.Process(process["pid"])
     except psutil.NoSuchProcess: return True
-    # a number is given again; a zombie does nothing more
     return abs(running.create_time() - process["started"]) > 1 or running.status() == psutil.STATUS_ZOMBIE
 
 # %% ../nbs/05_processes.ipynb #05c0de11
-def _owner(path):
-    "Who holds a lock; None where nobody does."
+def _owner(
+    path: Path,  # of a lock
+) -> dict | None:  # None where nobody holds it
+    "Who holds a lock; raises BlockingIOError for a file that is none."
     try: owner = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError: return None
     except (OSError, ValueError): owner = None
     if isinstance(owner, dict) and owner.keys() >= {*process_id(), "doing", "since"}: return owner
     raise BlockingIOError(f"{path}: is no lock of this project; delete it if nothing runs")
 
-def _hindrance(path):
-    "Why a lock cannot be had; empty where nobody holds it, or its owner is known to be gone."
+# %% ../nbs/05_processes.ipynb #c8681d9f
+def _hindrance(
+    path: Path,  # of a lock
+) -> str:  # empty where the lock is free or stale
+    "Why a lock cannot be had."
     owner = _owner(path)
     gone = owner is None or is_gone(owner)
     if gone: return ""
@@ -97,7 +103,6 @@ def one_writer(
     make_writable(path.parent, "set CXR_NB_OUTPUTS to a folder that can, and results go there")
     owner = process_id() | {"doing": doing, "since": time.strftime("%Y-%m-%d %H:%M")}
     with open(path.parent / ".guard", "w") as guard:
-        # two processes that find the same stale lock would both take it
         fcntl.flock(guard, fcntl.LOCK_EX)
         for lock in (path, *others):
             if reason := _hindrance(lock): raise BlockingIOError(f"{doing}: {reason}")
@@ -108,6 +113,12 @@ def one_writer(
 # %% ../nbs/05_processes.ipynb #05c0de16
 LOOK = 0.5  # seconds between looks at a parent
 
+# %% ../nbs/05_processes.ipynb #268fdd0e
+def _signalled(process, number):
+    try: process.send_signal(number)
+    except psutil.NoSuchProcess: pass
+
+# %% ../nbs/05_processes.ipynb #903c53c8
 def end_children(
     seconds: float = 5,  # to end by themselves before they are killed
 ) -> None:
@@ -115,10 +126,6 @@ def end_children(
     children = psutil.Process().children(recursive=True)
     for child in children: _signalled(child, signal.SIGTERM)
     for child in psutil.wait_procs(children, timeout=seconds)[1]: _signalled(child, signal.SIGKILL)
-
-def _signalled(process, number):
-    try: process.send_signal(number)
-    except psutil.NoSuchProcess: pass
 
 # %% ../nbs/05_processes.ipynb #05c0de17
 def end_with(

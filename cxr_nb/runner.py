@@ -19,29 +19,40 @@ from contextlib import chdir, contextmanager
 from io import BytesIO
 from pathlib import Path
 
-from .core import find_path, notebook_named, read_value, repo_root, resolve_parameters, run_folder, source_file
-from .core import written_whole
+from .core import run_folder
+from .places import find_path, repo_root, source_file, written_whole
 from .processes import end_with, one_writer
+from .profiles import notebook_named, resolve_parameters
+from .values import read_value
 
 # %% ../nbs/06_runner.ipynb #4c4e46e6
-def _lighter(data, widest=500):
-    "An output's data without what is there twice, its picture made small; figures/ has it as it is."
+def _small_picture(
+    png: str,  # in base64
+    widest: int = 500,  # pixels
+) -> dict[str, str]:  # MIME type -> base64
+    "A light copy of a picture."
     from PIL import Image
+    picture, few, jpeg = Image.open(BytesIO(base64.b64decode(png))).convert("RGB"), BytesIO(), BytesIO()
+    picture.thumbnail((widest, picture.height), Image.LANCZOS)
+    picture.quantize(32, kmeans=1).save(few, "PNG", optimize=True)
+    picture.save(jpeg, "JPEG", quality=50, optimize=True)
+    kind, kept = min(("image/png", few.getvalue()), ("image/jpeg", jpeg.getvalue()), key=lambda pair: len(pair[1]))
+    return {kind: base64.b64encode(kept).decode()}
+
+# %% ../nbs/06_runner.ipynb #25be5a7c
+def _lighter(
+    data: dict,  # an output's, by MIME type
+) -> dict:
+    "An output without what is there twice, its picture made small."
     if "text/html" in data: data = {k: v for k, v in data.items() if k != "text/plain"}
     if "image/png" not in data: return data
-    picture, png, jpeg = Image.open(BytesIO(base64.b64decode(data["image/png"]))).convert("RGB"), BytesIO(), BytesIO()
-    picture.thumbnail((widest, picture.height), Image.LANCZOS)
-    picture.quantize(32, kmeans=1).save(png, "PNG", optimize=True)
-    picture.save(jpeg, "JPEG", quality=50, optimize=True)
-    kind, kept = min(("image/png", png.getvalue()), ("image/jpeg", jpeg.getvalue()), key=lambda pair: len(pair[1]))
-    others = {k: v for k, v in data.items() if k != "image/png"}
-    return others | {kind: base64.b64encode(kept).decode()}
+    return {k: v for k, v in data.items() if k != "image/png"} | _small_picture(data["image/png"])
 
-def _make_light(path):
-    """Make an executed notebook light: no progress bars, which need a live kernel, and small pictures.
-
-    What is another at every run goes too: times, the cell id that papermill draws, the place of the results.
-    """
+# %% ../nbs/06_runner.ipynb #5f3f8c0e
+def _make_light(
+    path: Path,  # of an executed notebook
+) -> None:
+    "Make an executed notebook light, and the same for the same results."
     notebook = json.loads(path.read_text(encoding="utf-8"))
     widget = "application/vnd.jupyter.widget-view+json"
     for cell in notebook["cells"]:
@@ -56,13 +67,13 @@ def _make_light(path):
         partial.write_text(json.dumps(notebook, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 # %% ../nbs/06_runner.ipynb #63703e77
-def _first_line(error): return f"{type(error).__name__}: {error}".splitlines()[0]
-
 @contextmanager
-def _executed_copy(folder, notebook):
+def _executed_copy(
+    folder: Path,  # of the results
+    notebook: str,  # its stem
+):
     "Yield where papermill writes to: the copy is in `notebooks/` after a success and in `failed/` after an error."
     good, failed = (folder / kind / f"{notebook}.ipynb" for kind in ("notebooks", "failed"))
-    # papermill writes after each cell, and knows a notebook by its suffix
     partial = good.with_name(f".partial-{os.getpid()}-{notebook}.ipynb")
     partial.parent.mkdir(parents=True, exist_ok=True)
     kept = failed
@@ -76,27 +87,30 @@ def _executed_copy(folder, notebook):
             kept.parent.mkdir(parents=True, exist_ok=True)
             shutil.move(partial, kept)
 
-def _check_whole(notebook):
-    "Raise ValueError for a file in which Jupyter knows no notebook."
+# %% ../nbs/06_runner.ipynb #4b4ae621
+def _check_whole(
+    notebook: str,  # stem of a notebook in nbs/
+) -> None:
+    "Raise ValueError for a broken notebook."
     import nbformat
     path = source_file(f"{notebook}.ipynb")
     try: nbformat.validate(nbformat.read(path, 4))
-    except Exception as error:  # of any kind: it trips over what is missing
-        raise ValueError(f"notebook {notebook}: nbs/{path.name} is no whole notebook ({_first_line(error)}); restore it") from None
+    except Exception as error:
+        what = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise ValueError(f"notebook {notebook}: nbs/{path.name} is no whole notebook ({what}); restore it") from None
 
+# %% ../nbs/06_runner.ipynb #6a1a90ab
 def run_notebook(
     notebook: str,  # stem of a notebook in nbs/
     profile: str = "demo",  # name of a profile
-    overrides: dict | None = None,  # parameters that take the place of the profile's
+    overrides: dict | None = None,  # parameters that replace the profile's
 ) -> Path:  # the executed notebook
     "Execute a notebook with a profile's parameters; raises before anything runs where they do not fit."
     import papermill
     parameters = resolve_parameters(notebook, profile, overrides)
     _check_whole(notebook)
-    # it reads the parameters cell line by line, and warns of what it cannot; they are checked by now
     logging.getLogger("papermill").setLevel(logging.ERROR)
     root, folder = repo_root(), run_folder(notebook, parameters)
-    # relative paths, for papermill writes them into the notebook it leaves
     with _executed_copy(folder, notebook) as partial, chdir(root):
         papermill.execute_notebook(
             os.path.relpath(source_file(f"{notebook}.ipynb"), root),
@@ -105,9 +119,7 @@ def run_notebook(
             kernel_name="python3",
             cwd="nbs" if Path("nbs").is_dir() else ".",
             progress_bar=sys.stderr.isatty(),
-            # a busy machine is late with a picture; papermill gives up after four seconds
             iopub_timeout=120,
-            # a kernel on this machine is no danger that each notebook has to warn of
             extra_arguments=["--log-level=ERROR"],
         )
     return folder / "notebooks" / f"{notebook}.ipynb"
@@ -116,7 +128,7 @@ def run_notebook(
 def read_overrides(
     pairs: list[list[str]],  # name and value, as given after `-p`
 ) -> dict[str, object]:
-    "Values that take the place of a profile's; raises ValueError for a name given twice and a value that does not read."
+    "Values that replace a profile's; raises ValueError for a name given twice and a value that cannot be read."
     values = {}
     for name, text in pairs:
         if name in values: raise ValueError(f"parameter '{name}' is given twice; keep one")
@@ -126,7 +138,9 @@ def read_overrides(
 
 # %% ../nbs/06_runner.ipynb #63703e79
 @contextmanager
-def _announced(notebook):
+def _announced(
+    notebook: str,  # its stem
+):
     "Say when a notebook begins and ends, where a report runs it."
     start, parent = time.perf_counter(), os.environ.get("CXR_NB_REPORT")
     if parent:
@@ -135,8 +149,12 @@ def _announced(notebook):
     yield
     if parent: print(f"cxr_nb: ended {notebook} {time.perf_counter() - start:.1f}", flush=True)
 
-def _locked(notebook, folder):
-    "Hold a notebook's part of a results folder; the report that started this run holds all of it."
+# %% ../nbs/06_runner.ipynb #490e7950
+def _locked(
+    notebook: str,  # its stem
+    folder: Path,  # of the results
+):
+    "Hold a notebook's part of a results folder."
     locks = folder / ".locks"
     return one_writer(locks / notebook, f"notebook {notebook}", [] if "CXR_NB_REPORT" in os.environ else [locks / "report"])
 
@@ -144,9 +162,9 @@ def _locked(notebook, folder):
 def run_or_exit(
     notebook: str,  # a name that `notebook_named` takes
     profile: str,  # name of a profile
-    pairs: list[list[str]],  # name and value of parameters that take the place of the profile's
+    pairs: list[list[str]],  # name and value of parameters that replace the profile's
 ) -> Path:  # the executed notebook
-    "Run a notebook as `run_notebook` does; whatever goes wrong is one line on the terminal and a non-zero exit."
+    "Run a notebook as `run_notebook` does."
     from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError
     try:
@@ -160,24 +178,29 @@ def run_or_exit(
     sys.exit(f"cxr_nb: {why}; see {os.path.relpath(folder / 'failed' / f'{notebook}.ipynb')}")
 
 # %% ../nbs/06_runner.ipynb #d5a3fcda
-def _code_cells(notebook):
+def _code_cells(
+    notebook: str,  # stem of a notebook in nbs/
+) -> list[str]:
+    "The sources of a notebook's code cells."
     cells = json.loads(source_file(f"{notebook}.ipynb").read_text(encoding="utf-8"))["cells"]
     return ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
 
+# %% ../nbs/06_runner.ipynb #f868b851
 def code_hash(
     notebook: str,  # stem of a notebook in nbs/
 ) -> str:
     "Hash of a notebook's code, which neither its prose nor saved outputs change."
     return hashlib.sha256("\0".join(_code_cells(notebook)).encode()).hexdigest()
 
+# %% ../nbs/06_runner.ipynb #5fb7e8b7
 def imported_modules(
     notebook: str,  # stem of a notebook in nbs/
 ) -> list[str]:  # e.g. ["core", "datasets"]
     "Modules of this package that a notebook imports, and those that these import, sorted."
-    todo, found = ["\n".join(_code_cells(notebook))], set()
+    todo, modules = ["\n".join(_code_cells(notebook))], set()
     while todo:
         for name in re.findall(r"^\s*(?:from|import) (?:cxr_nb)?\.(\w+)", todo.pop(), flags=re.M):
             path = find_path(f"cxr_nb/{name}.py")
-            if name not in found and path.exists(): todo.append(path.read_text(encoding="utf-8"))
-            found.add(name)
-    return sorted(found)
+            if name not in modules and path.exists(): todo.append(path.read_text(encoding="utf-8"))
+            modules.add(name)
+    return sorted(modules)

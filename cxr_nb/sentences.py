@@ -12,7 +12,7 @@ __all__ = ['FOUND', 'listed', 'found_introduction', 'found_datasets', 'found_sta
 # %% ../nbs/F_sentences.ipynb #208c7711
 import pandas as pd
 
-from .core import published, with_interval
+from .tables import published, with_interval
 
 # %% ../nbs/F_sentences.ipynb #2de70587
 def listed(

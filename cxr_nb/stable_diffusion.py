@@ -22,8 +22,9 @@ from tqdm.auto import tqdm
 
 from .checkpoints import (
     choose_files, files_in, find_checkpoint, load_network, load_quietly, read_settings, split_place)
-from .core import sha256, torch_device, written_whole
+from .core import torch_device
 from .judges import unit_images
+from .places import sha256, written_whole
 
 # %% ../nbs/22_stable_diffusion.ipynb #96036f74
 _MODEL = [[("diffusion_pytorch_model.safetensors",), ("diffusion_pytorch_model.bin",)], [("config.json",)]]

@@ -24,7 +24,8 @@ from safetensors.torch import load_file
 from tqdm.auto import tqdm
 
 from .checkpoints import find_checkpoint, read_settings, split_place
-from .core import sha256, torch_device
+from .core import torch_device
+from .places import sha256
 
 # %% ../nbs/24_text_encoder.ipynb #fda0ac4c
 @dataclass(frozen=True)

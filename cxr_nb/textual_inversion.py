@@ -22,8 +22,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from .core import device_name, peak_memory_mb, sha256, slugs, written_whole
+from .core import device_name, peak_memory_mb
 from .images import load_radiograph, open_radiograph
+from .places import sha256, slugs, written_whole
 from .stable_diffusion import encode
 from .textual_projection import TEMPLATES
 from .training import TrainingSettings, diffusion_loss, made_key, noise_record, read_record, run_frozen

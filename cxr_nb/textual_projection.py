@@ -26,7 +26,8 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from .core import device_name, peak_memory_mb, sha256, written_whole
+from .core import device_name, peak_memory_mb
+from .places import sha256, written_whole
 from .text_encoder import TextEncoder, provenance
 from .training import TrainingSettings, check_record, checkpoints, made_key, read_record, run_frozen, settings_record
 from .training import tensors_hash, train, write_record, written_folder

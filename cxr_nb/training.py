@@ -38,7 +38,8 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.data import Dataset, default_collate
 from tqdm.auto import tqdm
 
-from .core import json_text, sha256, written_whole
+from .places import sha256, written_whole
+from .values import json_text
 
 # %% ../nbs/02_training.ipynb #b90361f2
 SCHEDULES = {  # name -> share of the peak, by the part of the steps after warm-up that is done

@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from .core import TABLE_COLUMNS, paper_view
+from .tables import TABLE_COLUMNS, paper_view
 
 # %% ../nbs/09_views.ipynb #b9903796
 def places(

@@ -23,7 +23,7 @@ import trees
 from conftest import ROOT
 from PIL import Image
 
-from cxr_nb import core, datasets
+from cxr_nb import commits, core, datasets, profiles, tables
 from cxr_nb.datasets import (
     CHEXPERT_LABELS, COHORT_COLUMNS, SPLITS, CohortImages, few_shot_candidates, image_paths, impression_section, openi_cohort, places_of_others, portable_place, read_chexpert, read_cohort,
     read_few_shot_choice, read_folder, read_mimic_cxr, read_nih, read_openi, read_reference_labels, read_sources, report_texts, sample_captions, sample_frontal, with_splits,
@@ -920,7 +920,7 @@ def test_the_notebook_writes_a_cohort_of_every_data_set(ran):
     captions = pd.read_parquet(ran / "cohorts/captions.parquet")
     assert len(captions) == 100 and record["results"]["captions"]["null"] == 3
     table = pd.read_csv(ran / "tables/cohorts.csv")
-    assert list(table)[:7] == core.TABLE_COLUMNS and (table[["positive", "uncertain", "negative", "blank"]].sum(axis=1) == table.n).all()
+    assert list(table)[:7] == tables.TABLE_COLUMNS and (table[["positive", "uncertain", "negative", "blank"]].sum(axis=1) == table.n).all()
 
 
 def test_reports_are_shown_where_the_licence_lets_them(ran):
@@ -957,7 +957,7 @@ def reported(tmp_path, monkeypatch):
         with pytest.raises(ValueError) as caught:
             for cell in without_tests(tmp_path / "21_datasets.ipynb"):
                 if not cell.startswith("#| export"): exec(cell, names)
-                if cell.startswith("profile: "): names |= core.resolve_parameters("21_datasets", "smoke", values)
+                if cell.startswith("profile: "): names |= profiles.resolve_parameters("21_datasets", "smoke", values)
         return str(caught.value), {p.name for p in (tmp_path / "outputs").rglob("*") if p.is_file()}
     return run
 
@@ -1006,15 +1006,15 @@ def test_data_of_others_stay_out_of_what_git_tracks(project, run_in, tmp_path):
     named = re.search("ValueError: (.*): git tracks outputs/demo, and pictures, reports and paths of somebody's own, which a data use", done.stderr)[1]
     assert sorted(named.split(", ")) == ["chexpert", "laion_400m", "text_sources"]
     # a run with other values than the demo's goes where git looks away
-    place = core.run_folder("21_datasets", core.resolve_parameters("21_datasets", "demo", {"chexpert": "data/chexpert"}))
-    assert not core.git_would_track(place / "figures/a.png")
+    place = core.run_folder("21_datasets", profiles.resolve_parameters("21_datasets", "demo", {"chexpert": "data/chexpert"}))
+    assert not commits.git_would_track(place / "figures/a.png")
 
 
 NO_PLACE = {"profile", "few_shot_source", "label_policy", "inverted"}  # text that names no file
 
 
 def test_every_parameter_that_names_a_place_is_asked_whose_it_is():
-    declared = core.declared_parameters("21_datasets")
+    declared = profiles.declared_parameters("21_datasets")
     defaults = {name: default for name, (_, default) in declared.items()}
     assert places_of_others(defaults) == [], "the demo shows nothing but the project's own"
     for name, (kind, _) in declared.items():

@@ -1,4 +1,4 @@
-"What `cxr_nb.core` writes: JSON that any reader takes."
+"What a run writes: JSON that any reader takes."
 import errno
 import json
 from collections import Counter, OrderedDict
@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 import torch
 
-from cxr_nb import core
+from cxr_nb import core, places, values
 
 
 @dataclass
@@ -42,9 +42,9 @@ def strictly(text):
     (Counter("aab"), {"a": 2, "b": 1}), (MappingProxyType({"a": 1}), {"a": 1}), (10**30, 10**30), ({}, {}), (set(), []),
 ])
 def test_values_of_the_field_become_json(value, expected):
-    made = core.json_value(value)
+    made = values.json_value(value)
     assert made == expected and type(made) is type(expected)
-    assert strictly(core.json_text(value)) == expected
+    assert strictly(values.json_text(value)) == expected
 
 
 @pytest.mark.parametrize("value, message", [
@@ -55,13 +55,13 @@ def test_values_of_the_field_become_json(value, expected):
     ({1: "a", "1": "b"}, "two keys that are '1'"), ({object(): 1}, "a key of value is of type object"),
 ])
 def test_what_json_has_no_form_for_is_refused_by_its_place(value, message):
-    with pytest.raises(TypeError) as refused: core.json_text(value)
+    with pytest.raises(TypeError) as refused: values.json_text(value)
     assert message in str(refused.value) and "\n" not in str(refused.value)
 
 
 def test_a_value_that_holds_itself_is_refused():
     itself = {}; itself["again"] = itself
-    with pytest.raises(TypeError, match="holds itself"): core.json_text(itself)
+    with pytest.raises(TypeError, match="holds itself"): values.json_text(itself)
 
 
 @pytest.fixture
@@ -84,7 +84,7 @@ def test_a_refused_result_leaves_no_record_and_names_its_key(run):
 
 
 def test_every_committed_record_is_json_for_any_reader():
-    records = list((core.repo_root() / "outputs/demo/records").glob("*.json"))
+    records = list((places.repo_root() / "outputs/demo/records").glob("*.json"))
     assert records and all(strictly(path.read_text(encoding="utf-8"))["parameters"] for path in records)
 
 
@@ -92,9 +92,9 @@ def test_every_committed_record_is_json_for_any_reader():
 def test_a_full_disk_is_one_line_and_leaves_what_was_there(tmp_path, monkeypatch, error, free):
     path = tmp_path / "a.pt"
     path.write_text("before")
-    monkeypatch.setattr(core.shutil, "disk_usage", lambda place: SimpleNamespace(free=free))
+    monkeypatch.setattr(places.shutil, "disk_usage", lambda place: SimpleNamespace(free=free))
     with pytest.raises(OSError, match=f"^{path}: cannot be written, the disk is full; make room, and call again$"):
-        with core.written_whole(path) as partial:
+        with places.written_whole(path) as partial:
             partial.write_text("half")
             raise error
     assert path.read_text() == "before" and [p.name for p in tmp_path.iterdir()] == ["a.pt"]
@@ -102,4 +102,4 @@ def test_a_full_disk_is_one_line_and_leaves_what_was_there(tmp_path, monkeypatch
 
 def test_other_errors_stay_what_they_are(tmp_path):
     with pytest.raises(RuntimeError, match="^other$"):
-        with core.written_whole(tmp_path / "a") as partial: raise RuntimeError("other")
+        with places.written_whole(tmp_path / "a") as partial: raise RuntimeError("other")

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 from conftest import ROOT
 
-from cxr_nb import core
+from cxr_nb import profiles
 from cxr_nb.cells import EXTENDED, PROMPTS, generation_cells, method_cells, printed_cells, quality_cells, strategy
 from cxr_nb.discussion import FILES, UNTESTABLE, VERDICTS, blind_tables, printed_check, printed_figures, rests_on, verdict, world_of
 from cxr_nb.graph import graph
@@ -212,7 +212,7 @@ def test_claims_without_a_test_say_why():
 
 
 def test_rules_name_strategies_that_the_report_draws():
-    sections = core.load_profile("demo")
+    sections = profiles.load_profile("demo")
     drawn = {strategy("original", ""), strategy("real", "")}
     for method, notebook in {"textual_projection": "25_textual_projection", "textual_inversion": "26_textual_inversion", "unet": "27_unet_finetuning"}.items():
         drawn |= {strategy(method, variant) for variant in sections[notebook]["variants"]}
@@ -227,7 +227,7 @@ def test_rules_name_strategies_that_the_report_draws():
 
 def records_of(profile, source):
     "What run records of a profile tell of models and data."
-    sections = core.load_profile(profile)
+    sections = profiles.load_profile(profile)
     return {name: {"parameters": sections[name], "results": {"source": source} if name[:2] in ("28", "32", "33", "34", "35", "A_") else {}}
             for names in RESTS_ON.values() for name in names}
 
@@ -236,7 +236,7 @@ def records_of(profile, source):
     ("demo", "Phantoms", "miniature"), ("public", "Open-i", "public"), ("public", "Phantoms", "miniature"), ("paper", "MIMIC-CXR", "paper"),
 ])
 def test_worlds_of_the_profiles(profile, source, world):
-    records, datasets = records_of(profile, source), core.load_profile("demo" if source == "Phantoms" else profile)["21_datasets"]
+    records, datasets = records_of(profile, source), profiles.load_profile("demo" if source == "Phantoms" else profile)["21_datasets"]
     for table, names in RESTS_ON.items():
         found = world_of([records[name] for name in names], datasets)
         no_data = table in ("textual_projection", "training_details")
@@ -245,7 +245,7 @@ def test_worlds_of_the_profiles(profile, source, world):
 
 def test_one_stand_in_is_enough_for_the_miniature():
     records = records_of("paper", "MIMIC-CXR")
-    datasets = core.load_profile("paper")["21_datasets"]
+    datasets = profiles.load_profile("paper")["21_datasets"]
     names = RESTS_ON["table_5"]
     assert world_of([records[name] for name in names], datasets) == "paper"
     records["28_classification"]["parameters"] = records["28_classification"]["parameters"] | {"judges": ["cxr_nb/miniature/classifiers/judge_a"]}

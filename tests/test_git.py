@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 from conftest import ROOT
 
-from cxr_nb import core
+from cxr_nb import commits, core, profiles
 from cxr_nb.datasets import places_of_others
 
 
@@ -44,18 +44,18 @@ def fake_git(folder, monkeypatch, script):
     ("out/a.png", False), ("out/other/deep/a.png", False),
 ])
 def test_the_verdict_is_that_of_git_add(repository, name, tracked):
-    assert core.git_would_track(repository / name) is tracked
+    assert commits.git_would_track(repository / name) is tracked
     (repository / name).parent.mkdir(parents=True, exist_ok=True)
     (repository / name).write_text("x")
     git(repository, "add", "--all")
     listed = subprocess.run(["git", "-C", str(repository), "ls-files"], capture_output=True, text=True, check=True).stdout.splitlines()
-    assert (name in listed) is tracked and core.git_would_track(repository / name) is tracked
+    assert (name in listed) is tracked and commits.git_would_track(repository / name) is tracked
 
 
 def test_a_file_that_is_tracked_although_it_is_ignored_is_tracked(repository):
     (repository / "out/a.png").write_text("x")
     git(repository, "add", "--force", "out/a.png")
-    assert core.git_would_track(repository / "out/a.png")
+    assert commits.git_would_track(repository / "out/a.png")
 
 
 @pytest.mark.parametrize("script", [
@@ -64,15 +64,15 @@ def test_a_file_that_is_tracked_although_it_is_ignored_is_tracked(repository):
 def test_no_verdict_is_an_error_inside_a_repository_and_not_asked_for_outside(repository, tmp_path, monkeypatch, script):
     fake_git(tmp_path / "bin", monkeypatch, script)
     for name in ("out/kept/a.png", "out/a.png"):
-        with pytest.raises(RuntimeError, match="git does not tell whether it would track this") as refused: core.git_would_track(repository / name)
+        with pytest.raises(RuntimeError, match="git does not tell whether it would track this") as refused: commits.git_would_track(repository / name)
         assert "\n" not in str(refused.value) and "CXR_NB_OUTPUTS" in str(refused.value)
     assert not any((folder / ".git").exists() for folder in tmp_path.parents)
-    assert core.git_would_track(tmp_path / "elsewhere/a.png") is False
+    assert commits.git_would_track(tmp_path / "elsewhere/a.png") is False
 
 
 def test_a_damaged_repository_gives_no_verdict(repository):
     (repository / ".git/HEAD").write_text("damaged")
-    with pytest.raises(RuntimeError, match="not a git repository"): core.git_would_track(repository / "out/a.png")
+    with pytest.raises(RuntimeError, match="not a git repository"): commits.git_would_track(repository / "out/a.png")
 
 
 def test_what_counts_is_where_a_link_leads(repository, tmp_path):
@@ -83,47 +83,49 @@ def test_what_counts_is_where_a_link_leads(repository, tmp_path):
     (tmp_path / "outside/file.png").symlink_to(repository / "out/kept/file.png")
     (repository / "out/kept/lost.png").symlink_to(tmp_path / "outside/lost.png")
     tracked = ["out/link/a.png", "../in/a.png", "../outside/file.png", "out/kept/lost.png", "out/../a.png"]
-    assert [core.git_would_track(repository / name) for name in tracked] == [True] * 5
-    assert [core.git_would_track(repository / name) for name in ("away/a.png", "../in/out/a.png")] == [False] * 2
+    assert [commits.git_would_track(repository / name) for name in tracked] == [True] * 5
+    assert [commits.git_would_track(repository / name) for name in ("away/a.png", "../in/out/a.png")] == [False] * 2
 
 
 def test_a_submodule_and_a_worktree_have_rules_of_their_own(repository, tmp_path):
     (repository / "out/inner").mkdir()
     git(repository / "out/inner", "init", "--quiet")
-    assert core.git_would_track(repository / "out/inner/a.png")
+    assert commits.git_would_track(repository / "out/inner/a.png")
     git(repository, "add", ".gitignore")
     git(repository, "-c", "user.name=a", "-c", "user.email=a@b", "commit", "--quiet", "-m", "first")
     git(repository, "worktree", "add", "--quiet", str(tmp_path / "tree"))
-    assert [core.git_would_track(tmp_path / "tree" / name) for name in ("a.png", "out/a.png")] == [True, False]
+    assert [commits.git_would_track(tmp_path / "tree" / name) for name in ("a.png", "out/a.png")] == [True, False]
 
 
 def test_another_repository_in_the_environment_hides_nothing(repository, tmp_path, monkeypatch):
     git(tmp_path, "init", "--quiet", "second")
     (tmp_path / "second/.gitignore").write_text("*\n")
     for name, value in {"GIT_DIR": tmp_path / "second/.git", "GIT_CEILING_DIRECTORIES": repository, "GIT_INDEX_FILE": "none"}.items(): monkeypatch.setenv(name, str(value))
-    assert [core.git_would_track(repository / name) for name in ("a.png", "out/a.png")] == [True, False]
+    assert [commits.git_would_track(repository / name) for name in ("a.png", "out/a.png")] == [True, False]
     monkeypatch.setenv("GIT_WORK_TREE", str(tmp_path / "home"))
     (tmp_path / "home").mkdir()
     (tmp_path / "second/.git/info/exclude").write_text("hidden/\n")
-    assert [core.git_would_track(tmp_path / "home" / name) for name in ("a.png", "hidden/a.png")] == [True, False]
-    assert core.git_would_track(tmp_path / "elsewhere.png") is False
+    assert [commits.git_would_track(tmp_path / "home" / name) for name in ("a.png", "hidden/a.png")] == [True, False]
+    assert commits.git_would_track(tmp_path / "elsewhere.png") is False
 
 
 def test_the_commit_is_that_of_the_project_whatever_the_environment_names(repository, monkeypatch):
-    before = core.git_commit()
+    before = commits.git_commit()
     monkeypatch.setenv("GIT_DIR", str(repository / ".git"))
-    assert core.git_commit() == before
+    assert commits.git_commit() == before
 
 
 def test_every_parameter_of_every_notebook_that_names_a_place_is_asked_whose_it_is(repository, monkeypatch):
     for path in sorted((ROOT / "nbs").glob("*.ipynb")):
-        if path.stem not in core.load_profile("demo"): continue
-        declared = core.declared_parameters(path.stem)
-        defaults = core.resolve_parameters(path.stem, "demo")
-        assert core.places_beside(defaults) == [], "the demo names nothing but the project's own"
+        if path.stem not in profiles.load_profile("demo"): continue
+        declared = profiles.declared_parameters(path.stem)
+        defaults = profiles.resolve_parameters(path.stem, "demo")
+        assert commits.places_beside(defaults) == [], "the demo names nothing but the project's own"
         for name, (kind, _) in declared.items():
-            if kind not in ("str", "list") or name == "profile": continue
-            for place in ("/data/x", "../x", "tests"): assert core.places_beside(defaults | {name: [f"Mine={place}"] if kind == "list" else place}) == [name]
+            if name == "profile": continue
+            for place in ("/data/x", "../x", "tests"):
+                holds = {"str": place, "list": [place], "list[str]": [place], "dict[str, str]": {"Mine": place}, "list[dict[str, str]]": [{"Mine": place}]}
+                if kind in holds: assert commits.places_beside(defaults | {name: holds[kind]}) == [name]
 
 
 def test_a_run_that_names_a_model_of_somebody_begins_only_where_git_looks_away(repository, monkeypatch):
@@ -142,9 +144,9 @@ def test_whatever_kind_of_result_git_tracks_is_enough(repository, ignored):
 
 
 def test_a_git_that_does_not_answer_gives_no_verdict(repository, tmp_path, monkeypatch):
-    monkeypatch.setattr(core, "GIT_WAIT", 0.2)
+    monkeypatch.setattr(commits, "GIT_WAIT", 0.2)
     fake_git(tmp_path / "bin", monkeypatch, "exec sleep 60")
-    with pytest.raises(RuntimeError, match="git does not tell"): core.git_would_track(repository / "a.png")
+    with pytest.raises(RuntimeError, match="git does not tell"): commits.git_would_track(repository / "a.png")
 
 
 @pytest.mark.parametrize("script", ["exit 128", None])
@@ -152,7 +154,7 @@ def test_credentialed_data_are_refused_before_they_are_read(repository, tmp_path
     "The guard of 21_datasets, with results in a tracked folder, an ignored one, and one that git gives no verdict on."
     cells = json.loads((ROOT / "nbs/21_datasets.ipynb").read_text())["cells"]
     [guard] = [source for cell in cells if "run.refuse_tracked(" in (source := "".join(cell["source"]))]
-    defaults = {name: default for name, (_, default) in core.declared_parameters("21_datasets").items()}
+    defaults = {name: default for name, (_, default) in profiles.declared_parameters("21_datasets").items()}
 
     def opened(place, **data):
         run = SimpleNamespace(folder=repository / place, notebook="21_datasets", parameters=defaults | data)
@@ -178,16 +180,16 @@ def test_a_record_names_the_commit_of_the_code(repository, monkeypatch):
         git(repository, "-c", "user.name=a", "-c", "user.email=a@b", "commit", "--quiet", "-m", name)
         return subprocess.run(["git", "-C", str(repository), "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
 
-    monkeypatch.setattr(core, "repo_root", lambda: repository)
-    assert core.git_commit() is None
+    monkeypatch.setattr(commits, "repo_root", lambda: repository)
+    assert commits.git_commit() is None
     code = committed("nbs/profiles/demo.yaml", "a: {}")
-    assert core.git_commit() == code
+    assert commits.git_commit() == code
     committed("outputs/demo/records/a.json", "{}"), committed("README.md", "# A")
-    assert core.git_commit() == code
+    assert commits.git_commit() == code
     for name in ("outputs/demo/records/a.json", "README.md"): (repository / name).write_text("another run")
     (repository / "new.txt").write_text("untracked")
-    assert core.git_commit() == code
+    assert commits.git_commit() == code
     (repository / "nbs/profiles/demo.yaml").write_text("b: {}")
-    assert core.git_commit() == f"{code}-dirty"
+    assert commits.git_commit() == f"{code}-dirty"
     later = committed("nbs/profiles/demo.yaml", "b: {}")
-    assert core.git_commit() == later != code
+    assert commits.git_commit() == later != code

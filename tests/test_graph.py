@@ -5,7 +5,7 @@ import re
 import pytest
 from conftest import ROOT
 
-from cxr_nb import core, graph
+from cxr_nb import core, graph, profiles
 
 RECORDS = sorted((ROOT / "outputs/demo/records").glob("*.json"))
 
@@ -119,11 +119,11 @@ def test_the_committed_records_are_of_declared_files(path):
     record, files = json.loads(path.read_text()), graph.graph("demo").declared[path.stem]
     assert [file for file in record["inputs"] if not any(graph.fits(read, file) for read in files.reads)] == []
     # the tables beside sets of images are younger than the committed results
-    assert re.sub(r"(; )?images/\w+/sets.csv was not written", "", core.unlike_declared(files.writes, record["outputs"])) == ""
+    assert re.sub(r"(; )?images/\w+/sets.csv was not written", "", graph.unlike_declared(files.writes, record["outputs"])) == ""
 
 
 def test_the_cells_are_short_and_name_no_file_twice():
     for name, files in graph.graph("demo").declared.items():
-        [cell] = core.tagged_cells(name, "files")
+        [cell] = profiles.tagged_cells(name, "files")
         assert cell.count("\n") < 15 and max(map(len, cell.splitlines())) <= 120, name
         assert len(set(files.writes)) == len(files.writes) and len(set(files.reads)) == len(files.reads)

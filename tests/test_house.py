@@ -10,7 +10,7 @@ import pytest
 from conftest import ROOT, tracked
 from packaging.requirements import Requirement
 
-from cxr_nb import core, runner
+from cxr_nb import places, profiles, runner
 from cxr_nb.datasets import impression_section, read_openi
 
 NOTEBOOKS = sorted(p.stem for p in (ROOT / "nbs").glob("*.ipynb"))
@@ -26,7 +26,7 @@ def cells(name, kind="code"):
 @pytest.mark.parametrize("name", NOTEBOOKS)
 def test_notebook_reads_as_agreed(name):
     assert re.match(r"# \S.*\n> \S", cells(name, "markdown")[0]["text"]), "a title and a line that says what it is about"
-    core.declared_parameters(name)
+    profiles.declared_parameters(name)
     assert max(c["text"].count("\n") + 1 for c in cells(name)) <= 60
     assert not any(c["outputs"] or c["execution_count"] for c in cells(name)), "results belong to outputs/"
 
@@ -39,14 +39,18 @@ def test_imports_stand_in_cells_of_their_own(name):
         assert len(kinds) < 2, cell["text"]
 
 
+ROOMS_BELOW = ["places", "commits", "values", "profiles", "tables", "graph", "core"]  # all of number 00, from the lowest up
+
+
 def test_imports_flow_downward():
     module_of = {n: m[1] for n in NOTEBOOKS for c in cells(n) if (m := re.match(r"#\| default_exp (\w+)", c["text"]))}
-    number = {module: name.split("_")[0] for name, module in module_of.items()}
+    level = {module: (name.split("_")[0], ROOMS_BELOW.index(module) if name[:2] == "00" else 0) for name, module in module_of.items()}
     for name in NOTEBOOKS:
         prefix = name.split("_")[0]
         if not prefix.isdigit(): continue
+        above = level.get(module_of.get(name), (prefix, 0))
         for module in runner.imported_modules(name):
-            assert number[module].isdigit() and number[module] < prefix, f"{name} imports {module} of {number[module]}"
+            assert level[module][0].isdigit() and level[module] < above, f"{name} imports {module} of {level[module][0]}"
 
 
 def calls_of_from_pretrained(module):
@@ -68,13 +72,13 @@ def test_no_code_of_a_checkpoint_is_run():
 
 @pytest.mark.parametrize("profile", PROFILES)
 def test_profiles_fit_the_notebooks(profile):
-    for notebook in core.load_profile(profile): core.resolve_parameters(notebook, profile)
-    assert core.load_profile(profile).keys() == core.load_profile("demo").keys()
+    for notebook in profiles.load_profile(profile): profiles.resolve_parameters(notebook, profile)
+    assert profiles.load_profile(profile).keys() == profiles.load_profile("demo").keys()
 
 
 def test_run_all_in_jupyter_is_the_demo():
-    for notebook, section in core.load_profile("demo").items():
-        defaults = {name: value for name, (_, value) in core.declared_parameters(notebook).items()}
+    for notebook, section in profiles.load_profile("demo").items():
+        defaults = {name: value for name, (_, value) in profiles.declared_parameters(notebook).items()}
         assert defaults == section | {"profile": "demo"}
 
 
@@ -128,18 +132,18 @@ def test_committed_results_are_one_clean_run_of_the_demo():
     records = {path.stem: json.loads(path.read_text()) for path in RECORDS}
     assert records
     for path, record in zip(RECORDS, records.values()):
-        assert record["parameters"] == core.resolve_parameters(record["notebook"], "demo")
+        assert record["parameters"] == profiles.resolve_parameters(record["notebook"], "demo")
         if record["notebook"] != "D_benchmarks":  # whose results are times
             assert not {"seconds", "device", "peak_memory_mb"} & record.keys(), f"{path.name} holds what is another at every run"
         assert re.fullmatch(r"[0-9a-f]{40}", record["commit"]), f"{path.name} was made from uncommitted code: {record['commit']}"
         assert (ROOT / f"outputs/demo/notebooks/{record['notebook']}.ipynb").exists()
         for name, digest in record["outputs"].items():
-            if name.split("/")[0] in ("tables", "figures"): assert core.sha256(ROOT / "outputs/demo" / name) == digest, name
+            if name.split("/")[0] in ("tables", "figures"): assert places.sha256(ROOT / "outputs/demo" / name) == digest, name
     # what is measured apart has its own commit, and the page, which is made anew with it, shows the very files that are committed
     apart = {"D_benchmarks", "E_ablations", "F_page"}
     assert len({r["commit"] for name, r in records.items() if name not in apart}) == 1, "the committed results come from several commits"
     read = records["F_page"]["inputs"]
-    for name, digest in read.items(): assert core.sha256(ROOT / "outputs/demo" / name) == digest, f"the page shows another {name}"
+    for name, digest in read.items(): assert places.sha256(ROOT / "outputs/demo" / name) == digest, f"the page shows another {name}"
     assert {f"records/{name}.json" for name in records if name != "F_page"} <= set(read)
 
 

@@ -15,7 +15,7 @@ import pytest
 from conftest import ROOT, tracked
 from PIL import Image
 
-from cxr_nb import core, graph, page
+from cxr_nb import core, graph, page, profiles, tables
 
 CHROMIUM = next((p for p in ("chromium", "chromium-browser", "google-chrome") if shutil.which(p)), None)
 LIMITS = {"vector_kb": 60, "drawing_width": 600, "sheet_width": 600, "quality": 75, "open_lines": 4, "most_lines": 6}
@@ -55,7 +55,7 @@ def made_up(tmp_path, monkeypatch):
     score = {"mean": 40.0, "ci_low": 30.0, "ci_high": 50.0}
     study = {"source": "Open-i", "reports": 90, "classes": ["a", "b"], "chance": 49.4, "k": 10, "further": {}, "macro": {"bag_of_words": score, "CLIP": score}}
     rows = [["CLIP", "mean", 42.8, 41.234, 40.05, 42.5, 90], ["CLIP", "cls", 7.0, np.nan, np.nan, np.nan, 0], ["<b>ours</b>", "mean", np.nan, 0.5, 0.1, 0.9, 80]]
-    table = pd.DataFrame(rows, columns=core.TABLE_COLUMNS).assign(k=10, note="measured on few")
+    table = pd.DataFrame(rows, columns=tables.TABLE_COLUMNS).assign(k=10, note="measured on few")
     long = pd.DataFrame({"part": [f"part {i}" for i in range(9)], "what": "x", "reached": np.arange(9) / 7})
     leave("33_text_encoder_results", study, {"table_2": table}, ["chexpert_at_k", "chexpert_at_k_phantom_reports"])
     leave("C_miniature", {"megabytes": 1.5, "minutes": {"vae": 2.0}}, {"miniature": long}, ["miniature_prompts"], folder=MODEL)
@@ -169,7 +169,7 @@ def test_what_the_profile_leaves_out_is_said(made_up):
 
 def test_every_notebook_of_the_report_has_its_place():
     placed = [name for section in page.sections() for name in section["notebooks"]]
-    assert len(placed) == len(set(placed)) and core.load_profile("demo").keys() - {"F_page"} <= set(placed)
+    assert len(placed) == len(set(placed)) and profiles.load_profile("demo").keys() - {"F_page"} <= set(placed)
 
 
 committed = pytest.mark.skipif(not (DEMO / "report.html").exists(), reason="the demo's page is not there; make report")

@@ -1,8 +1,9 @@
 "What a prompt asks for, by hand: Table 4 picks its real images by it."
 import pytest
 
-from cxr_nb.core import published, slug
 from cxr_nb.generation import given_findings, prompt_finding
+from cxr_nb.places import slug
+from cxr_nb.tables import published
 
 EFFUSION, NONE, REFUSED = "pleural effusion", "no finding", "is not clear from"
 

@@ -13,7 +13,7 @@ import checkpoints
 import pandas as pd
 import pytest
 
-from cxr_nb import core, graph, runner
+from cxr_nb import graph, places, runner, tables
 from cxr_nb import report as command
 
 
@@ -74,7 +74,7 @@ def test_it_writes_what_was_agreed(report):
     out = report / "outputs/smoke"
     for name in ("table_1", "table_2", "table_3", "table_2_phantom_reports", "table_3_phantom_reports", "table_5", "table_6", "reconstruction"):
         table = pd.read_csv(out / f"tables/{name}.csv")
-        assert list(table)[:7] == core.TABLE_COLUMNS
+        assert list(table)[:7] == tables.TABLE_COLUMNS
         measured = table[table.measured.notna()]
         around = measured[~measured.column.isin(["min", "max"])]  # an extreme has no interval
         around = around[around.ci_low.notna()]  # a single patient of a kind has no interval
@@ -90,15 +90,15 @@ def test_it_writes_what_was_agreed(report):
     for name in NOTEBOOKS:
         assert (out / f"notebooks/{name}.ipynb").exists()
         record = json.loads((out / f"records/{name}.json").read_text())
-        assert all(core.sha256(out / file) == digest for file, digest in (record["inputs"] | record["outputs"]).items())
+        assert all(places.sha256(out / file) == digest for file, digest in (record["inputs"] | record["outputs"]).items())
 
 
 def test_printed_cells_are_all_there_beside_the_measured(report):
     table = pd.read_csv(report / "outputs/smoke/tables/table_3.csv").set_index(["row", "column"])
-    printed = core.published("table_3").set_index("finding").stack().dropna()
+    printed = tables.published("table_3").set_index("finding").stack().dropna()
     assert (table.published.loc[printed.index] == printed).all()
     table = pd.read_csv(report / "outputs/smoke/tables/table_2.csv").set_index(["row", "column"])
-    printed = core.published("table_2").set_index("encoder").stack().dropna()
+    printed = tables.published("table_2").set_index("encoder").stack().dropna()
     assert (table.published.loc[printed.index] == printed).all()
 
 
@@ -113,7 +113,7 @@ def test_every_extraction_of_the_seven_encoders_is_measured(report):
 
 def test_macro_is_the_mean_of_the_classes_measured(report):
     table = pd.read_csv(report / "outputs/smoke/tables/table_3.csv")
-    classes = table[table.row.isin(core.published("table_3").finding[:-1]) & table.measured.notna()]
+    classes = table[table.row.isin(tables.published("table_3").finding[:-1]) & table.measured.notna()]
     macro = table[table.row == f"Macro, {classes.row.nunique()} classes measured"].set_index("column")
     for encoder, rows in classes.groupby("column"):
         assert rows.measured.mean() == pytest.approx(macro.measured[encoder])

@@ -11,7 +11,7 @@ import nbformat
 import pytest
 from papermill.cli import _resolve_type
 
-from cxr_nb import core, graph, processes, report
+from cxr_nb import core, places, processes, profiles, report, values
 
 
 @pytest.fixture
@@ -75,17 +75,17 @@ VALUES = [  # as written, the parameter's type, what it is
 
 @pytest.mark.parametrize("text, kind, value", VALUES)
 def test_a_value_is_the_same_in_a_profile_and_on_the_command_line(text, kind, value):
-    for read in (core.read_yaml(f"x: {text}")["x"], core.read_yaml(f"{{x: {text}}}")["x"], core.read_value(text)):
+    for read in (values.read_yaml(f"x: {text}")["x"], values.read_yaml(f"{{x: {text}}}")["x"], values.read_value(text)):
         if value is REFUSED:
-            with pytest.raises(TypeError, match="^here: parameter 'x' takes "): core.check_parameter("here", "x", read, kind)
+            with pytest.raises(TypeError, match="^here: parameter 'x' takes "): profiles.check_parameter("here", "x", read, kind)
         else:
-            core.check_parameter("here", "x", read, kind)
+            profiles.check_parameter("here", "x", read, kind)
             assert (read, type(read)) == (value, type(value))
 
 
 @pytest.mark.parametrize("text", sorted({text for text, *_ in VALUES if text[0] not in "[{\"'~" and text not in ("true", "null")}))
 def test_words_and_numbers_are_what_papermill_takes_them_for(text):
-    theirs, ours = _resolve_type(text), core.read_value(text)
+    theirs, ours = _resolve_type(text), values.read_value(text)
     assert type(ours) is type(theirs) and (ours == theirs or math.isnan(ours) and math.isnan(theirs))
 
 
@@ -115,14 +115,14 @@ def test_sections_may_share_values(project, monkeypatch):
     "A merge key brings in what the section itself may replace: that is no key given twice."
     monkeypatch.chdir(project)
     profile(project, GOOD.replace("99_small:", "00_core: &base {k: 4, rate: 2}\n99_small:\n  <<: *base"))
-    assert core.load_profile("tiny")["99_small"] == {"k": 3, "rate": 1, "names": ["x", "y"]}
+    assert profiles.load_profile("tiny")["99_small"] == {"k": 3, "rate": 1, "names": ["x", "y"]}
 
 
 @pytest.mark.parametrize("text", ["effusion: left", "lung #2", "#5", "@x", "*x", "a, b", "- a", "%", "don't", "[CLS", "{a"])
 def test_text_on_the_command_line_is_taken_whole_or_refused(text):
     if text in ("[CLS", "{a"):
-        with pytest.raises(ValueError): core.read_value(text)
-    else: assert core.read_value(text) == text == _resolve_type(text)
+        with pytest.raises(ValueError): values.read_value(text)
+    else: assert values.read_value(text) == text == _resolve_type(text)
 
 
 def test_unknown_profile_names_those_there_are(project, monkeypatch):
@@ -133,11 +133,11 @@ def test_unknown_profile_names_those_there_are(project, monkeypatch):
 
 @pytest.mark.parametrize("arguments, message", [
     (["99_smal", "--profile", "tiny", "-p", "k", "1", "-p", "kk", "1"], "unknown parameter 'kk'; it takes profile, k, rate, names; did you mean 'k'?"),
-    (["99_smlal", "--profile", "tiny"], "notebook 99_smlal: no file nbs/99_smlal.ipynb; there are 00_core, "),
+    (["99_smlal", "--profile", "tiny"], "notebook 99_smlal: no file nbs/99_smlal.ipynb; there are 00_commits, "),
     (["99_smlal", "--profile", "tiny"], "; did you mean '99_small'?"),
-    (["0", "--profile", "tiny"], "there are 00_core and 01_metrics"),
+    (["0", "--profile", "tiny"], "there are 00_commits and 00_core and "),
     (["", "--profile", "tiny"], "notebook : no file"),
-    (["00", "--profile", "tiny"], "notebook 00_core: the profile has no section 00_core; it has 03_phantoms, "),
+    (["01", "--profile", "tiny"], "notebook 01_metrics: the profile has no section 01_metrics; it has 03_phantoms, "),
     (["99", "--profile", "tiny", "-p", "k=5"], "-p k=5: write a name and a value, -p k 5"),
     (["99", "--profile", "tiny", "--parameter", "names=[a b]"], "-p names=[a b]: write a name and a value, -p names '[a b]'"),
     (["-p", "k=5", "99", "--profile", "tiny"], "-p k=5: write a name and a value, -p k 5"),
@@ -158,14 +158,14 @@ def test_a_slip_gets_the_word_that_was_meant(project, monkeypatch, arguments, me
 @pytest.mark.parametrize("text", ["99_small", "99", "99_s", "99_small.ipynb", "nbs/99_small.ipynb", "./nbs/99_small.ipynb", "/elsewhere/nbs/99_small.ipynb"])
 def test_a_notebook_may_be_called_by_its_path_or_its_beginning(project, monkeypatch, text):
     monkeypatch.chdir(project)
-    assert core.notebook_named(text) == "99_small"
+    assert profiles.notebook_named(text) == "99_small"
 
 
 def test_a_whole_name_is_no_beginning(project, monkeypatch):
     monkeypatch.chdir(project)
     (project / "nbs/99_small_again.ipynb").write_text("{}")
-    assert core.notebook_named("99_small") == "99_small"
-    with pytest.raises(ValueError, match="^notebook 99: there are 99_small and 99_small_again; write more of the name$"): core.notebook_named("99")
+    assert profiles.notebook_named("99_small") == "99_small"
+    with pytest.raises(ValueError, match="^notebook 99: there are 99_small and 99_small_again; write more of the name$"): profiles.notebook_named("99")
 
 
 def test_run_leaves_output_record_and_executed_notebook(project, run_in):
@@ -174,7 +174,7 @@ def test_run_leaves_output_record_and_executed_notebook(project, run_in):
     assert done.returncode == 0 and "cxr_nb:" not in done.stdout, done.stderr
     record = json.loads((project / "outputs/tiny/records/99_small.json").read_text())
     assert record["parameters"] == {"profile": "tiny", "k": 3, "rate": 1, "names": ["x", "y"]}
-    assert record["outputs"] == {"measures/k.txt": core.sha256(project / "outputs/tiny/measures/k.txt")}
+    assert record["outputs"] == {"measures/k.txt": places.sha256(project / "outputs/tiny/measures/k.txt")}
     assert record["results"] == {"k": 3} and record["versions"]["torch"]
     took = json.loads((project / "outputs/tiny/times/99_small.json").read_text())
     assert took["seconds"] >= 0 and took["peak_memory_mb"]["cpu"] > 10 and took["device"] and not took.keys() & record.keys()
@@ -190,14 +190,14 @@ def test_run_leaves_output_record_and_executed_notebook(project, run_in):
 def test_other_parameters_leave_the_profile_s_results_alone(project, run_in, command):
     profile(project, GOOD)
     assert run_in(project, "cxr_nb", "run", "99_small", "--profile", "tiny").returncode == 0
-    kept = core.sha256(project / "outputs/tiny")
+    kept = places.sha256(project / "outputs/tiny")
     done = run_in(project, *command)
     assert done.returncode == 0, done.stderr
     folder, = (project / "outputs/tiny/other/99_small").iterdir()
     assert folder.name.startswith("k_7_") and (folder / "measures/k.txt").read_text() == "7"
     assert json.loads((folder / "records/99_small.json").read_text())["parameters"]["k"] == 7
     shutil.rmtree(project / "outputs/tiny/other")
-    assert core.sha256(project / "outputs/tiny") == kept
+    assert places.sha256(project / "outputs/tiny") == kept
 
 
 def test_failed_run_says_why_in_one_line_and_keeps_its_notebook(project, run_in):
@@ -243,7 +243,7 @@ def test_plain_papermill_gets_the_type_check_in_the_next_cell(project, run_in):
 
 def test_missing_input_names_notebook_and_command(tmp_path, monkeypatch):
     monkeypatch.setenv("CXR_NB_OUTPUTS", str(tmp_path))
-    run = graph.Run("33_text_encoder_results", {"profile": "demo", "__annotations__": {"profile": str}})
+    run = core.Run("33_text_encoder_results", {"profile": "demo", "__annotations__": {"profile": str}})
     with pytest.raises(FileNotFoundError, match="^outputs/demo/cohorts/sources.json is missing; notebook 21_datasets makes it: cxr_nb run 21_datasets --profile demo$"):
         run.need("cohorts/sources.json")
 
@@ -251,8 +251,8 @@ def test_missing_input_names_notebook_and_command(tmp_path, monkeypatch):
 def test_what_a_profile_does_not_give_is_the_notebooks_default(project, monkeypatch):
     monkeypatch.chdir(project)
     profile(project, "99_small:\n  rate: 2\n")
-    assert core.resolve_parameters("99_small", "tiny") == {"profile": "tiny", "k": 10, "rate": 2, "names": ["a"]}
-    assert core.resolve_parameters("34_generation_results", "tiny") == core.resolve_parameters("34_generation_results", "demo") | {"profile": "tiny"}
+    assert profiles.resolve_parameters("99_small", "tiny") == {"profile": "tiny", "k": 10, "rate": 2, "names": ["a"]}
+    assert profiles.resolve_parameters("34_generation_results", "tiny") == profiles.resolve_parameters("34_generation_results", "demo") | {"profile": "tiny"}
 
 
 def test_a_profile_holds_only_what_differs_from_its_base(project, monkeypatch):
@@ -260,8 +260,8 @@ def test_a_profile_holds_only_what_differs_from_its_base(project, monkeypatch):
     profile(project, GOOD)
     based = project / "nbs/profiles/mine.yaml"
     based.write_text("base: tiny\nshared:\n  k: 4\n  rate: 0.25\n99_small:\n  rate: 2\n")
-    assert core.resolve_parameters("99_small", "mine") == {"profile": "mine", "k": 4, "rate": 2, "names": ["x", "y"]}
-    assert core.resolve_parameters("99_small", "tiny")["k"] == 3
+    assert profiles.resolve_parameters("99_small", "mine") == {"profile": "mine", "k": 4, "rate": 2, "names": ["x", "y"]}
+    assert profiles.resolve_parameters("99_small", "tiny")["k"] == 3
 
 
 @pytest.mark.parametrize("text, message", [
@@ -276,7 +276,7 @@ def test_a_base_that_is_none_is_refused(project, monkeypatch, text, message):
     monkeypatch.chdir(project)
     profile(project, GOOD)
     (project / "nbs/profiles/mine.yaml").write_text(text)
-    with pytest.raises((ValueError, FileNotFoundError)) as stop: core.load_profile("mine")
+    with pytest.raises((ValueError, FileNotFoundError)) as stop: profiles.load_profile("mine")
     assert message in str(stop.value) and "\n" not in str(stop.value)
 
 
@@ -298,7 +298,7 @@ def test_a_profile_whose_parts_do_not_fit_is_refused_before_anything_runs(tmp_pa
 
 
 @pytest.fixture(scope="module")
-def demo(): return {name: core.resolve_parameters(name, "demo") for name in core.load_profile("demo")}
+def demo(): return {name: profiles.resolve_parameters(name, "demo") for name in profiles.load_profile("demo")}
 
 
 @pytest.fixture
@@ -325,9 +325,9 @@ def unfitting(demo, monkeypatch):
     ({"35_classification_results": {"compared": ["Textual Inversion = gan / lung"]}}, "35_classification_results reads 'gan' (compared), and the report names 'original'"),
     ({"35_classification_results": {"compared": ["Original Model = original / SD"]}}, "35_classification_results reads 'SD' (compared), and 22_stable_diffusion names 'Stable Diffusion'"),
     ({"25_textual_projection": {"drawn": ["no projection"]}}, "35_classification_results reads 'token-level projection' (compared), and 25_textual_projection names 'no projection'"),
-    ({"40_discussion": {"stand_ins": ["CLIP = RadBERT"]}}, "40_discussion reads 'RadBERT' (stand_ins), and 24_text_encoder names 'Miniature CLIP'"),
-    ({"40_discussion": {"stand_ins": ["BERT = Miniature CLIP"]}}, "40_discussion reads 'BERT' (stand_ins), and Table 2 (what 24_text_encoder lacks) names 'PubMedBERT'"),
-    ({"21_datasets": {"text_sources": ["MIMIC-CXR", "Open-i"]}}, "21_datasets reads 'MIMIC-CXR' (text_sources), and 21_datasets (with reports) names 'Open-i', 'Phantoms'"),
+    ({"40_discussion": {"stand_ins": {"CLIP": "RadBERT"}}}, "40_discussion reads 'RadBERT' (stand_ins), and 24_text_encoder names 'Miniature CLIP'"),
+    ({"40_discussion": {"stand_ins": {"BERT": "Miniature CLIP"}}}, "40_discussion reads 'BERT' (stand_ins), and Table 2 (what 24_text_encoder lacks) names 'PubMedBERT'"),
+    ({"21_datasets": {"text_sources": {"MIMIC-CXR": "", "Open-i": ""}}}, "21_datasets reads 'MIMIC-CXR' (text_sources), and 21_datasets (with reports) names 'Open-i', 'Phantoms'"),
 ])
 def test_what_no_notebook_makes_is_named(unfitting, changes, message):
     wrong = unfitting(changes)
@@ -346,10 +346,10 @@ def test_a_profile_that_lacks_a_section_is_told_which(unfitting, demo):
 def test_own_images_are_named_in_one_place(tmp_path, copy_project, monkeypatch):
     copy = copy_project(tmp_path)
     monkeypatch.chdir(copy)
-    shared = {"folders": ["Mine=data/mine"], "few_shot_source": "Mine", "sources": ["Mine"], "source": "Mine"}
+    shared = {"folders": {"Mine": "data/mine"}, "few_shot_source": "Mine", "sources": ["Mine"], "source": "Mine"}
     (copy / "nbs/profiles/mine.yaml").write_text(json.dumps({"base": "demo", "shared": shared}))
     assert report.unfitting("mine") == []
-    assert core.resolve_parameters("28_classification", "mine")["source"] == "Mine"
+    assert profiles.resolve_parameters("28_classification", "mine")["source"] == "Mine"
 
 
 @pytest.mark.parametrize("old, new, message", [

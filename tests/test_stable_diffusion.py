@@ -12,7 +12,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 
-from cxr_nb import checkpoints, core
+from cxr_nb import checkpoints, places
 from cxr_nb.stable_diffusion import (
     SCHEDULERS, check_steps, components_folder, components_record, decode, draw_latents, encode, encoder_hidden_states, gray, image_seeds,
     load_component, load_pipeline, load_scheduler, sample, write_images)
@@ -292,7 +292,7 @@ def test_a_folder_of_images_holds_one_set(tmp_path):
 
 @pytest.mark.parametrize("name", ["22_stable_diffusion", "25_textual_projection", "26_textual_inversion", "27_unet_finetuning", "E_ablations"])
 def test_steps_are_checked_before_a_model_is_loaded_or_trained(name):
-    cells = nbformat.read(core.repo_root() / f"nbs/{name}.ipynb", 4).cells
+    cells = nbformat.read(places.repo_root() / f"nbs/{name}.ipynb", 4).cells
     lines = [line for cell in cells if cell.source.startswith("#| report") for line in cell.source.splitlines()]
     checked = next(i for i, line in enumerate(lines) if "check_steps(load_scheduler(" in line)
     takes_long = r"\b(load_pipeline|load_component|load_text_encoder|few_shot_latents|trained_projection|inverted|finetuned|sample|measure)\("

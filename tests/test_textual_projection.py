@@ -284,7 +284,7 @@ def test_bad_input_is_one_clear_line(bert, clip, wide, tmp_path):
 
 
 def test_names_are_those_of_table_4():
-    from cxr_nb.core import published
+    from cxr_nb.tables import published
     table = published("table_4").query("method == 'textual_projection'")
     assert {name.partition(", ")[2] for name in table.variant} <= set(VARIANTS)
 

@@ -40,11 +40,11 @@ def test_the_wheel_holds_what_nbs_holds(installed):
 def test_bundled_models_and_profiles_are_found_wherever_the_package_lies(installed, python, tmp_path):
     code = """
 import json, re, cxr_nb
-from cxr_nb import core, judges
-places = set(re.findall("cxr_nb/miniature[^'=]*", str(core.load_profile("demo"))))
-assert len(places) > 5 and all(core.find_path(place).is_dir() for place in places)
+from cxr_nb import judges, places, profiles
+bundled = set(re.findall("cxr_nb/miniature[^'=]*", str(profiles.load_profile("demo"))))
+assert len(bundled) > 5 and all(places.find_path(place).is_dir() for place in bundled)
 judge = judges.load_classifier("cxr_nb/miniature/classifiers/judge_a")
-print(json.dumps([cxr_nb.__file__, judge.name, core.source_names("profiles", ".yaml"), str(core.outputs_dir("demo"))]))
+print(json.dumps([cxr_nb.__file__, judge.name, places.source_names("profiles", ".yaml"), str(places.outputs_dir("demo"))]))
 """
     done = python(code)
     assert done.returncode == 0, done.stderr
@@ -63,6 +63,6 @@ def test_the_command_runs_a_notebook_from_the_wheel(python, tmp_path):
 def test_a_profile_of_one_s_own_stands_beside_those_of_the_wheel(python, tmp_path):
     (tmp_path / "nbs/profiles").mkdir(parents=True)
     (tmp_path / "nbs/profiles/mine.yaml").write_text("31_training_details: {}\n")
-    done = python("from cxr_nb import core; print(core.source_names('profiles', '.yaml'), core.resolve_parameters('31_training_details', 'mine'))")
+    done = python("from cxr_nb import places, profiles; print(places.source_names('profiles', '.yaml'), profiles.resolve_parameters('31_training_details', 'mine'))")
     assert done.returncode == 0, done.stderr
     assert "'mine'" in done.stdout and "'demo'" in done.stdout
