@@ -17,28 +17,28 @@ from pathlib import PurePath
 from .places import slug
 from .profiles import left_out_by, resolve_all, resolve_parameters, tagged_cells
 
-# %% ../nbs/00_graph.ipynb #be1002a7
+# %% ../nbs/00_graph.ipynb #97775ed0
 def figures(
     *names: str,  # file stems below figures/
 ) -> list[str]:
     "The two files of each figure that `Run.write_figure` draws as vectors."
     return [f"figures/{name}.{kind}" for name in names for kind in ("png", "svg")]
 
-# %% ../nbs/00_graph.ipynb #08d3d05e
+# %% ../nbs/00_graph.ipynb #d430f73f
 def sheets(
     *names: str,  # file stems below figures/
 ) -> list[str]:
     "The file of each sheet that `Run.write_sheet` draws."
     return [f"figures/{name}.webp" for name in names]
 
-# %% ../nbs/00_graph.ipynb #35ffde3d
+# %% ../nbs/00_graph.ipynb #2d7af173
 def model_slug(
     place: str,  # of a checkpoint: a folder, a name, a hub id
 ) -> str:
     "What names the files of a model."
     return slug(PurePath(place).name)
 
-# %% ../nbs/00_graph.ipynb #a1501179
+# %% ../nbs/00_graph.ipynb #621b2a46
 def setting(
     profile: str,
     notebook: str,  # another notebook
@@ -47,7 +47,7 @@ def setting(
     "The value of another notebook's parameter in a profile."
     return resolve_parameters(notebook, profile)[name]
 
-# %% ../nbs/00_graph.ipynb #79adcf99
+# %% ../nbs/00_graph.ipynb #3a7b27d9
 def matching(
     profile: str,
     pattern: str,  # e.g. "cohorts/text_reports*.csv"
@@ -56,7 +56,7 @@ def matching(
     writes = [file for files in graph(profile).notebooks.values() for file in files.writes]
     return sorted(file for file in writes if fits(pattern, file))
 
-# %% ../nbs/00_graph.ipynb #621b2a46
+# %% ../nbs/00_graph.ipynb #99488ac2
 def stars(
     profile: str,
     pattern: str,  # with one star
@@ -64,13 +64,13 @@ def stars(
     "What the star of a pattern stands for in the files that the notebooks of a profile declare to write."
     return _stars(matching(profile, pattern), pattern)
 
-# %% ../nbs/00_graph.ipynb #1ac3168c
+# %% ../nbs/00_graph.ipynb #a5a35d2f
 def _stars(files, pattern):
     "What the star of a pattern stands for in files that fit it."
     before, after = pattern.split("*")
     return [file[len(before):len(file) - len(after)] for file in files]
 
-# %% ../nbs/00_graph.ipynb #3a7b27d9
+# %% ../nbs/00_graph.ipynb #cbfd72bd
 def fits(
     pattern: str,  # a file's name, or one with *, ? or [ab]
     file: str,  # path below outputs/<profile>
@@ -78,21 +78,27 @@ def fits(
     "Whether a file is one that a pattern means; a star stands for any text, folders included."
     return fnmatchcase(file, pattern)
 
-# %% ../nbs/00_graph.ipynb #2918cc6c
+# %% ../nbs/00_graph.ipynb #f1b6d6a4
 def is_pattern(
     file: str,  # an entry of `reads` or `writes`
 ) -> bool:
     "Whether it stands for any number of files."
     return bool(re.search(r"[*?[]", file))
 
-# %% ../nbs/00_graph.ipynb #a5a35d2f
+# %% ../nbs/00_graph.ipynb #70218206
 @dataclass(frozen=True)
 class Files:
     "Files of a notebook, below outputs/<profile>."
     reads: list[str]
     writes: list[str]
 
-# %% ../nbs/00_graph.ipynb #2c9a5e7f
+# %% ../nbs/00_graph.ipynb #8f33bf27
+def _is_list_of_text(value): return isinstance(value, list) and all(isinstance(one, str) for one in value)
+
+# %% ../nbs/00_graph.ipynb #e40291dc
+HELPERS = {one.__name__: one for one in (slug, figures, sheets, model_slug, matching, stars, setting)}
+
+# %% ../nbs/00_graph.ipynb #65fe54a4
 def declared_files(
     notebook: str,  # stem of a notebook that has a cell tagged `files`
     parameters: dict,  # the values it runs with
@@ -109,13 +115,7 @@ def declared_files(
         if not _is_list_of_text(names.get(name)): raise ValueError(f"{where} gives no list of text named {name}")
     return Files(names["reads"], names["writes"])
 
-# %% ../nbs/00_graph.ipynb #811603b5
-def _is_list_of_text(value): return isinstance(value, list) and all(isinstance(one, str) for one in value)
-
-# %% ../nbs/00_graph.ipynb #cbfd72bd
-HELPERS = {one.__name__: one for one in (slug, figures, sheets, model_slug, matching, stars, setting)}
-
-# %% ../nbs/00_graph.ipynb #f1b6d6a4
+# %% ../nbs/00_graph.ipynb #f04c6e51
 def _settled(names, parameters):
     "Files of the notebooks `names`, in which `matching` finds what all of these write."
     written = {}
@@ -127,7 +127,7 @@ def _settled(names, parameters):
     changing = [name for name in written if written[name] != before[name]]
     raise ValueError(f"notebooks {' and '.join(changing)} take what they write from each other, in a circle")
 
-# %% ../nbs/00_graph.ipynb #06cbfa95
+# %% ../nbs/00_graph.ipynb #df7447b8
 def _helpers(notebook, parameters, written):
     "The helpers that look at other notebooks, while the graph is being made."
     others = [file for name, files in written.items() if name != notebook for file in files]
@@ -138,12 +138,12 @@ def _helpers(notebook, parameters, written):
         "setting": lambda profile, other, name: parameters[other][name],
     }
 
-# %% ../nbs/00_graph.ipynb #635e8e1c
+# %% ../nbs/00_graph.ipynb #64d6756d
 def _promised(files):
     "What a notebook writes whatever the data are."
     return [file for file in files.writes if not is_pattern(file)]
 
-# %% ../nbs/00_graph.ipynb #70218206
+# %% ../nbs/00_graph.ipynb #dcad0b7d
 def _nothing_to_do(notebook, files, parameters):
     "Why a notebook that writes nothing has nothing to do; empty where it writes."
     if _promised(files): return ""
@@ -151,7 +151,14 @@ def _nothing_to_do(notebook, files, parameters):
     empty = [name for name, value in parameters.items() if not value and re.search(rf"\b{name}\b", source)]
     return f"{notebook} has nothing to write" + f", because {' and '.join(empty)} is empty" * bool(empty)
 
-# %% ../nbs/00_graph.ipynb #8cf628af
+# %% ../nbs/00_graph.ipynb #a618198d
+def _maker(file, notebooks):
+    "The notebook among `notebooks` (name -> Files) that writes a file; empty where none does."
+    for name, files in notebooks.items():
+        if file == f"records/{name}.json" or file in files.writes: return name
+    return next((name for name, files in notebooks.items() if any(fits(pattern, file) for pattern in files.writes)), "")
+
+# %% ../nbs/00_graph.ipynb #359e0e55
 def _unfed(notebook, files, known):
     "Why the notebooks in `files` cannot feed one of them; empty where they can. `known` are the files of all."
     for file in (file for file in files[notebook].reads if not is_pattern(file)):
@@ -161,14 +168,7 @@ def _unfed(notebook, files, known):
         return f"{notebook} reads {file}, {why}"
     return ""
 
-# %% ../nbs/00_graph.ipynb #8f33bf27
-def _maker(file, notebooks):
-    "The notebook among `notebooks` (name -> Files) that writes a file; empty where none does."
-    for name, files in notebooks.items():
-        if file == f"records/{name}.json" or file in files.writes: return name
-    return next((name for name, files in notebooks.items() if any(fits(pattern, file) for pattern in files.writes)), "")
-
-# %% ../nbs/00_graph.ipynb #56619d7f
+# %% ../nbs/00_graph.ipynb #371a335d
 def _left_over(parameters, left_out):
     "The files of notebooks that can be made, why others are left out, some from the start, and the files of all."
     known = _settled(parameters, parameters)
@@ -179,10 +179,10 @@ def _left_over(parameters, left_out):
         if not any(lost.values()): return files, left_out, known
         left_out |= {name: why for name, why in lost.items() if why}
 
-# %% ../nbs/00_graph.ipynb #e40291dc
+# %% ../nbs/00_graph.ipynb #d54488e9
 APART = {"benchmarks": "D_benchmarks", "ablations": "E_ablations"}  # command -> notebook
 
-# %% ../nbs/00_graph.ipynb #d9da3480
+# %% ../nbs/00_graph.ipynb #74179765
 @dataclass(frozen=True)
 class Graph:
     "The notebooks of a profile that can be made, in an order in which they can run, and the others."
@@ -215,7 +215,7 @@ class Graph:
             found += [maker for maker in dict.fromkeys(map(self.maker, read)) if maker not in found]
         return found
 
-# %% ../nbs/00_graph.ipynb #6a750d82
+# %% ../nbs/00_graph.ipynb #4982d73b
 def _resolved(notebook, files):
     "The files a notebook reads, of those that the others promise."
     makers = {file: name for name, one in files.items() for file in (*one.writes, f"records/{name}.json")}
@@ -224,7 +224,7 @@ def _resolved(notebook, files):
     return list(dict.fromkeys(file for read in files[notebook].reads
                               for file in (common if is_pattern(read) else promised) if fits(read, file)))
 
-# %% ../nbs/00_graph.ipynb #65fe54a4
+# %% ../nbs/00_graph.ipynb #c0863aea
 def _check_one_maker(files):
     "Raise ValueError where two notebooks write one file."
     makers = {}
@@ -233,7 +233,7 @@ def _check_one_maker(files):
             if not is_pattern(file) and makers.setdefault(file, name) != name:
                 raise ValueError(f"notebooks {makers[file]} and {name} both write {file}; rename one")
 
-# %% ../nbs/00_graph.ipynb #a3ca5651
+# %% ../nbs/00_graph.ipynb #ad43877e
 def _in_order(files):
     "Notebooks, each after those it reads from; raises ValueError for a circle."
     before = {name: {_maker(file, files) for file in one.reads} for name, one in files.items()}
@@ -242,7 +242,7 @@ def _in_order(files):
         names = " and ".join(dict.fromkeys(error.args[1]))
         raise ValueError(f"notebooks {names} read from each other in a circle") from None
 
-# %% ../nbs/00_graph.ipynb #9e59e80e
+# %% ../nbs/00_graph.ipynb #e48a4702
 def graph(
     profile: str,  # name of a profile
 ) -> Graph:
@@ -254,7 +254,7 @@ def graph(
     made = {name: Files(_resolved(name, files), _promised(one)) for name, one in files.items()}
     return Graph({name: made[name] for name in _in_order(made)}, left_out, known)
 
-# %% ../nbs/00_graph.ipynb #df7447b8
+# %% ../nbs/00_graph.ipynb #ceba1e58
 def unlike_declared(
     writes: Sequence[str],  # as a notebook declares them
     outputs: Sequence[str],  # files and folders that were written
