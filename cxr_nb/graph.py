@@ -263,6 +263,7 @@ def unlike_declared(
     promised = [file for file in writes if not is_pattern(file)]
     stands = [PurePath(file).parent for file in writes if file.startswith("images/")]
     missing = [file for file in promised if not any(PurePath(file).is_relative_to(output) for output in outputs)]
-    more = [output for output in outputs if not any(fits(file, output) or file.startswith(f"{output}/") for file in writes)]
+    def declared(output): return any(fits(file, output) or file.startswith(f"{output}/") for file in writes)
+    more = [output for output in outputs if not declared(output)]
     more = [output for output in more if not any(PurePath(output).is_relative_to(folder) for folder in stands)]
     return "; ".join([f"{file} was not written" for file in missing] + [f"{output} is not declared" for output in more])

@@ -225,11 +225,13 @@ def _with_base(
     given = _profile_file(name)
     base, shared = given.pop("base", None), given.pop("shared", {})
     report = [notebook for notebook in source_names("", ".ipynb") if tagged_cells(notebook, "files")]
-    sections, without = _with_base(str(base), (*derived, name)) if base is not None else ({n: _defaults(n) for n in report}, [])
+    sections, without = {notebook: _defaults(notebook) for notebook in report}, []
+    if base is not None: sections, without = _with_base(str(base), (*derived, name))
     without = given.pop("without", without)
     sections |= {notebook: _defaults(notebook) for notebook in given if notebook not in sections}
     _check_names(f"profile '{name}': without: no notebook", without, sections)
-    _check_names(f"profile '{name}': shared: no notebook has a parameter", shared, {key for s in sections.values() for key in s})
+    known = {key for section in sections.values() for key in section}
+    _check_names(f"profile '{name}': shared: no notebook has a parameter", shared, known)
     taken = {notebook: {k: v for k, v in shared.items() if k in section} for notebook, section in sections.items()}
     return {n: section | taken[n] | given.get(n, {}) for n, section in sections.items()}, without
 
