@@ -161,11 +161,13 @@ def statistics_table(
     x = values.to_numpy(float)
     statistics = (a.ravel() for a in (_statistics(x), *_statistics_ends(x, units, draws, seed)))
     cells = pd.MultiIndex.from_product([STATISTICS, values.columns], names=["column", "row"]).to_frame(index=False)
-    cells = cells.assign(**dict(zip(("measured", "ci_low", "ci_high"), statistics)), n=cells.row.map(values.notna().sum()))
+    cells = cells.assign(**dict(zip(("measured", "ci_low", "ci_high"), statistics)))
+    cells = cells.assign(n=cells.row.map(values.notna().sum()))
     given = printed.rename(columns={"metric": "row"}).melt("row", STATISTICS, "column", "published")
     rows = [*values.columns, *(m for m in printed.metric if m not in values)]
     order = pd.MultiIndex.from_product([rows, STATISTICS], names=["row", "column"])
-    table = given.merge(cells, how="outer", on=["row", "column"]).set_index(["row", "column"]).reindex(order).reset_index()
+    table = given.merge(cells, how="outer", on=["row", "column"])
+    table = table.set_index(["row", "column"]).reindex(order).reset_index()
     return table.assign(n=table.n.fillna(0).astype(int))[TABLE_COLUMNS]
 
 # %% ../nbs/23_autoencoder.ipynb #a21ebb52
@@ -196,7 +198,8 @@ def label_rows(
     before, after = (score_intervals(labels, scores, *settings) for scores in (original, reconstruction))
     change = score_differences(labels, original, reconstruction, *settings).rename(columns={"difference": "value"})
     rows = {"prevalence": before.loc["prevalence"]}
-    for score in _SCORES: rows |= {f"{score}_{side}": part.loc[score] for side, part in zip(_SIDES, (before, after, change))}
+    sides = dict(zip(_SIDES, (before, after, change)))
+    rows |= {f"{score}_{side}": part.loc[score] for score in _SCORES for side, part in sides.items()}
     rows = pd.DataFrame(rows).T.rename(columns={"value": "measured"})[["measured", "ci_low", "ci_high"]].astype(float)
     single = {0: "no image has this label", len(labels): "every image has this label"}.get(int(labels.sum()), "")
     if single: rows.loc[COLUMNS[1:]] = np.nan

@@ -75,12 +75,13 @@ def package_folder(
     """
     name, slash, path = place.removeprefix("package:").partition("/")
     if not name.isidentifier() or slash and not _stays_inside(path):
-        raise ValueError(f"{what}: {place!r} is no place inside a package; write package:NAME or package:NAME/path, without '..'")
+        form = "package:NAME or package:NAME/path, without '..'"
+        raise ValueError(f"{what}: {place!r} is no place inside a package; write {form}")
     try: spec = find_spec(name)  # importlib.resources.files would import it
     except ValueError: spec = None  # __main__ has none
     if spec is None: raise FileNotFoundError(f"{what}: package {name} is not installed; run 'pip install {name}'")
     root = next((Path(root) for root in spec.submodule_search_locations or () if Path(root).is_dir()), None)
-    if root is None: raise ValueError(f"{what}: package {name} is a zip archive or a single file and holds no folder of files")
+    if root is None: raise ValueError(f"{what}: package {name} is a zip archive or a single file, and no folder")
     if (root / path).is_dir(): return root / path
     raise FileNotFoundError(f"{what}: package {name} has no folder {path!r}; it may be another version of the package")
 
@@ -344,9 +345,11 @@ def read_settings(
 ) -> dict:
     "Read settings by name; raises ValueError for a file that is no JSON, or JSON of another kind."
     try: settings = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error: raise ValueError(f"{what}: {path.name} is not JSON ({error})") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{what}: {path.name} is not JSON ({error})") from None
     if isinstance(settings, dict): return settings
-    raise ValueError(f"{what}: {path.name} holds settings by name, not {type(settings).__name__} {str(settings)[:40]!r}")
+    kind = type(settings).__name__
+    raise ValueError(f"{what}: {path.name} holds settings by name, not {kind} {str(settings)[:40]!r}")
 
 # %% ../nbs/03_checkpoints.ipynb #00b26ea8
 def load_quietly(
@@ -383,7 +386,7 @@ def load_network(
     optional: str = "",  # a part that is None where its weights are missing
     **settings,  # of from_pretrained
 ):  # for use, not for training
-    "A network with its weights; raises ValueError where some cannot be read, are missing, do not fit or are not finite."
+    "A network with its weights; raises ValueError where some are unreadable, missing, misfits or not finite."
     read_settings(Path(folder) / "config.json", what)
     if kind.__module__.startswith("transformers."): settings["ignore_mismatched_sizes"] = True  # and so names them
     model, info = load_quietly(kind, folder, what, output_loading_info=True, **settings)
@@ -410,7 +413,8 @@ def read_tensors(
     try:
         if path.suffix == ".safetensors": return load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error: raise ValueError(f"{what} cannot be read as plain tensors ({in_one_line(error)})") from None
+    except Exception as error:
+        raise ValueError(f"{what} cannot be read as plain tensors ({in_one_line(error)})") from None
 
 # %% ../nbs/03_checkpoints.ipynb #41ed07e6
 def fill_network(

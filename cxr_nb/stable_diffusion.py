@@ -20,8 +20,8 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
-from .checkpoints import choose_files, commit_of, files_in, find_checkpoint, in_one_line, load_network, load_quietly
-from .checkpoints import load_tokenizer, read_settings, split_place
+from .checkpoints import choose_files, commit_of, files_in, find_checkpoint, in_one_line, load_network
+from .checkpoints import load_quietly, load_tokenizer, read_settings, split_place
 from .core import sha256, torch_device, written_whole
 from .judges import unit_images
 
@@ -121,7 +121,7 @@ def load_scheduler(
     source: str,  # a place, as `split_place` takes it
     scheduler: str = "",  # a name of SCHEDULERS; empty: the model's own
 ):
-    "What a model samples with, without the model; raises what `load_component` raises, and ValueError for an unknown name."
+    "What a model samples with; raises what `load_component` raises, and ValueError for an unknown name."
     return _as_class(_scheduler_class(scheduler), load_component(source, "scheduler"))
 
 # %% ../nbs/22_stable_diffusion.ipynb #b54e6e5e
@@ -150,7 +150,8 @@ def components_record(
 ) -> dict:  # location, revision (None for a folder) and sha256 by file
     "What to record of a model; raises what `components_folder` raises."
     folder = components_folder(source, parts)
-    weights = [file for file in choose_files(files_in(folder), _needs(parts))[0] if not file.endswith((".json", ".txt"))]
+    files = choose_files(files_in(folder), _needs(parts))[0]
+    weights = [file for file in files if not file.endswith((".json", ".txt"))]
     hashes = {file: sha256(folder / file) for file in weights}
     return {"location": split_place(source)[0], "revision": commit_of(folder), "sha256": hashes}
 
@@ -280,7 +281,8 @@ def _prompt_embeds(pipeline, prompt, n):
 def _latent_shape(pipeline, size):
     "Channels, height and width of latents; raises ValueError for a size the VAE cannot make."
     factor, side = vae_factor(pipeline.vae), pipeline.unet.config.sample_size
-    if size and size % factor: raise ValueError(f"the VAE makes images of a size divisible by {factor}, not of {size} pixels")
+    if size and size % factor:
+        raise ValueError(f"the VAE makes images of a size divisible by {factor}, not of {size} pixels")
     return pipeline.unet.config.in_channels, *[size // factor if size else side] * 2
 
 # %% ../nbs/22_stable_diffusion.ipynb #0227d428
@@ -312,7 +314,8 @@ def sample(
             some = (one if len(one) == 1 else one[start : start + batch_size] for one in embeds)
             prompt_embeds, negative_prompt_embeds = (one.expand(len(random), -1, -1) for one in some)
             latents = pipeline(
-                height=side, width=side, num_inference_steps=steps, guidance_scale=guidance_scale, prompt_embeds=prompt_embeds,
+                height=side, width=side, num_inference_steps=steps, guidance_scale=guidance_scale,
+                prompt_embeds=prompt_embeds,
                 negative_prompt_embeds=negative_prompt_embeds if guidance_scale > 1 else None,
                 latents=seeded_noise(shape, random).to(prompt_embeds.dtype), generator=random,
                 callback_on_step_end=advance, output_type="latent",

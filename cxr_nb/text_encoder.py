@@ -98,7 +98,8 @@ class TextEncoder:
 def _tokenizer(kind, folder, source, vocab_size):
     "An encoder's tokenizer with its casing; raises what `load_tokenizer` raises."
     casing = {} if source.lower_case is None else {"do_lower_case": source.lower_case}
-    return load_tokenizer(kind, folder, f"text encoder {source.name}", range(vocab_size - 127, vocab_size + 1), **casing)
+    sizes = range(vocab_size - 127, vocab_size + 1)
+    return load_tokenizer(kind, folder, f"text encoder {source.name}", sizes, **casing)
 
 # %% ../nbs/24_text_encoder.ipynb #990b8b82
 def projection_head(
@@ -130,7 +131,8 @@ def _load_cxr_bert(folder, config, what):
 def _load_clip(folder, source):
     "CLIP's text encoder and tokenizer."
     from transformers import CLIPTextModel, CLIPTokenizer
-    model = load_network(CLIPTextModel, folder / "text_encoder", f"text encoder {source.name}: its model", dtype=torch.float32)
+    what = f"text encoder {source.name}: its model"
+    model = load_network(CLIPTextModel, folder / "text_encoder", what, dtype=torch.float32)
     tokenizer = _tokenizer(CLIPTokenizer, folder / "tokenizer", source, model.config.vocab_size)
     return TextEncoder(source, folder, tokenizer, model, model.config.max_position_embeddings, has_pooler=True)
 
@@ -146,7 +148,8 @@ def _load_bert(folder, source):
     if "projection_size" in config: model, head = _load_cxr_bert(folder, config, f"{what}: its model")
     else: model = load_network(BertModel, folder, f"{what}: its model", optional="pooler", dtype=torch.float32)
     tokenizer = _tokenizer(BertTokenizer, folder, source, model.config.vocab_size)
-    return TextEncoder(source, folder, tokenizer, model, model.config.max_position_embeddings, model.pooler is not None, head)
+    length, has_pooler = model.config.max_position_embeddings, model.pooler is not None
+    return TextEncoder(source, folder, tokenizer, model, length, has_pooler, head)
 
 # %% ../nbs/24_text_encoder.ipynb #e45ed47b
 def load_text_encoder(
@@ -171,9 +174,12 @@ def provenance(
 ) -> dict[str, object]:  # location, revision, weights_sha256, lower_case, max_length
     "What to record of a loaded encoder."
     source, folder = encoder.source, encoder.folder
-    weights = next(path for part in (".", "text_encoder") for name in WEIGHTS if (path := folder / part / name).exists())
-    place = {"location": source.location, "revision": commit_of(folder) or source.revision, "weights_sha256": sha256(weights)}
-    return place | {"lower_case": source.lower_case, "max_length": encoder.max_length}
+    parts = [folder / part / name for part in (".", "text_encoder") for name in WEIGHTS]
+    return {
+        "location": source.location, "revision": commit_of(folder) or source.revision,
+        "weights_sha256": sha256(next(path for path in parts if path.exists())),
+        "lower_case": source.lower_case, "max_length": encoder.max_length,
+    }
 
 # %% ../nbs/24_text_encoder.ipynb #93952615
 EXTRACTIONS = ["cls_hidden_state", "mean_hidden_states", "pooler_output", "model_specific"]
@@ -211,7 +217,8 @@ def _check_embeddings(embeddings, name):
     "Raise ValueError where an embedding is not finite."
     for extraction, values in embeddings.items():
         bad = (~values.isfinite().all(1)).nonzero()
-        if len(bad): raise ValueError(f"text {int(bad[0])}: its {extraction} by {name} is not finite ({len(bad)} are not)")
+        if len(bad):
+            raise ValueError(f"text {int(bad[0])}: its {extraction} by {name} is not finite ({len(bad)} are not)")
 
 # %% ../nbs/24_text_encoder.ipynb #c6229344
 _BLANK = "\u115f\u1160\u2800\u3164\uffa0"  # Hangul fillers and the empty Braille pattern
@@ -228,8 +235,8 @@ def embed(
     batch_size: int = 32,  # texts per forward pass
     special_tokens: bool = True,  # whether the mean counts [CLS], [SEP] and the like
     progress: bool = True,  # show a bar
-) -> tuple[dict[str, torch.Tensor], int]:  # extraction -> (n, width) float32 on the CPU; texts cut at the model's length
-    "Document embeddings by every extraction the encoder has (§2.4); raises ValueError for an empty text, one of no token, and NaN."
+) -> tuple[dict[str, torch.Tensor], int]:  # extraction -> (n, width) float32 on the CPU; how many texts were cut
+    "Embeddings by every extraction the encoder has (§2.4); raises ValueError for NaN and for a text without a token."
     empty = [i for i, text in enumerate(texts) if not _is_visible(text)]
     if empty:
         raise ValueError(
@@ -277,7 +284,8 @@ def _check_retrieval(labels, k):
             f"CheXpert@{k}: k must lie between 1 and {n - 1}, for there are {n} reports and none retrieves itself"
         )
     if counts.min() > 1: return torch.from_numpy(pd.factorize(labels)[0])
-    raise ValueError(f"CheXpert@{k}: class '{counts.idxmin()}' has a single report, which has no other of its class; leave it out")
+    single = f"class '{counts.idxmin()}' has a single report"
+    raise ValueError(f"CheXpert@{k}: {single}, which has no other of its class; leave it out")
 
 # %% ../nbs/24_text_encoder.ipynb #010e7d2c
 def retrieval_scores(
@@ -288,7 +296,7 @@ def retrieval_scores(
     block_elements: int = 2**26,  # similarities held at a time
     progress: bool = False,  # show a bar
 ) -> np.ndarray:  # (n,) scores, 0 to 100
-    "CheXpert@k of each report from any similarity (§2.4); raises ValueError for a k, label or class that cannot be scored."
+    "CheXpert@k of each report from any similarity (§2.4); raises ValueError for what cannot be scored."
     codes = _check_retrieval(labels, k)
     n, scores = len(codes), []
     block = max(1, block_elements // n)
@@ -350,7 +358,7 @@ def chance(
 def bags_of_words(
     texts: list[str],  # not empty
 ) -> list[np.ndarray]:  # per text the sorted numbers of its words
-    "The set of words of each text, lower-cased, as numbers into their joint vocabulary; raises ValueError for a text without a word."
+    "The words of each text, lower-cased, as numbers into a joint vocabulary; raises ValueError for a text without one."
     bags = [sorted(set(re.findall(r"[a-z0-9]+", text.lower()))) for text in texts]
     empty = [i for i, words in enumerate(bags) if not words]
     if empty: raise ValueError(f"text {empty[0]} holds no word ({len(empty)} of {len(texts)} do not)")
@@ -376,7 +384,7 @@ def fit_tfidf_svd(
     components: int = 100,  # width of the embedding
     seed: int = 0,  # of the randomised decomposition
 ):  # a scikit-learn pipeline: .transform(texts) -> (n, components), rows of length one
-    "Fit latent semantic analysis: TF-IDF of words and word pairs, truncated SVD; raises ValueError for fewer texts than components."
+    "Fit latent semantic analysis (TF-IDF, truncated SVD); raises ValueError for no more texts than components."
     from sklearn.decomposition import TruncatedSVD
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.pipeline import make_pipeline
