@@ -32,6 +32,7 @@ def latent_seeds(
     "A seed for each image, from its name and the run's seed."
     return (hash_uniform(ids, seed, "latents") * 2**53).astype(int).tolist()
 
+# %% ../nbs/23_autoencoder.ipynb #033e209d
 def reconstruct(
     vae,  # an AutoencoderKL
     images,  # as `encode` takes them
@@ -49,8 +50,8 @@ def pair_measures(
     a, b, span = originals.float(), 255 * gray(reconstructions), (0, 255)
     apart = rmse(a, b)
     cast = (255 * reconstructions - b[:, None]).abs().mean((1, 2, 3))
-    found = {"rmse": apart, "rmse_xrv": apart * 2048 / 255, "psnr": psnr(a, b, span), "ssim": ssim(a, b, span)}
-    return pd.DataFrame({name: values.double().numpy() for name, values in (found | {"colour_cast": cast}).items()})
+    measures = {"rmse": apart, "rmse_xrv": apart * 2048 / 255, "psnr": psnr(a, b, span), "ssim": ssim(a, b, span)}
+    return pd.DataFrame({name: values.double().numpy() for name, values in (measures | {"colour_cast": cast}).items()})
 
 # %% ../nbs/23_autoencoder.ipynb #e83ba92f
 def read_text_boxes(
@@ -61,27 +62,29 @@ def read_text_boxes(
     if not path.is_file(): return {}
     return {name: truth["text_boxes"] for name, truth in json.loads(path.read_text(encoding="utf-8")).items()}
 
+# %% ../nbs/23_autoencoder.ipynb #9813afd7
 def boxes_at(
     boxes: list,  # (left, top, right, bottom) in pixels of the image as it is
     width: int,  # of the image as it is
     height: int,
     size: int,  # pixels a side of the middle square
-) -> list:  # in pixels of the square, widened to whole ones; what lies outside of it is left out
+) -> list:  # in pixels of the square; what lies outside of it is left out
     "Boxes as they lie in the square that `load_radiograph` cuts out."
     side = min(width, height)
     shift, scale = np.array([width - side, height - side] * 2) / 2, size / side
-    found = [(np.array(box) - shift) * scale for box in boxes]
-    found = [[*np.floor(box[:2]).astype(int).tolist(), *np.ceil(box[2:]).astype(int).tolist()] for box in found]
-    return [b for b in found if min(b[2], size) > max(b[0], 0) and min(b[3], size) > max(b[1], 0)]
+    moved = [(np.array(box) - shift) * scale for box in boxes]
+    whole = [[*np.floor(box[:2]).astype(int).tolist(), *np.ceil(box[2:]).astype(int).tolist()] for box in moved]
+    return [b for b in whole if min(b[2], size) > max(b[0], 0) and min(b[3], size) > max(b[1], 0)]
 
+# %% ../nbs/23_autoencoder.ipynb #36dc4851
 def mirrored(
     boxes: list,
     size: int,  # pixels a side
 ) -> list:
-    "Boxes on the other side of the image, those left out that meet one of the given."
+    "Boxes on the other side of the image, without those that meet one of the given."
     other = [[size - right, top, size - left, bottom] for left, top, right, bottom in boxes]
     meet = lambda a, b: a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
-    return [box for box in other if not any(meet(box, own) for own in boxes)]
+    return [box for box in other if not any(meet(box, given) for given in boxes)]
 
 # %% ../nbs/23_autoencoder.ipynb #b63be0f9
 def text_measures(
@@ -90,12 +93,12 @@ def text_measures(
     boxes: Sequence[list],  # of each image, as `boxes_at` gives them
 ) -> pd.DataFrame:  # n rows; NaN where there is no box
     "Mean SSIM inside of text, outside of it, and where text would be on the other side (§3.2)."
-    near = ssim_map(originals.float(), 255 * gray(reconstructions), (0, 255))
-    inside, outside = box_means(near, boxes)
+    similarity = ssim_map(originals.float(), 255 * gray(reconstructions), (0, 255))
+    inside, outside = box_means(similarity, boxes)
     outside = torch.where(inside.isnan(), inside, outside)
-    other, _ = box_means(near, [mirrored(own, originals.shape[-1]) for own in boxes])
-    found = {"ssim_text": inside, "ssim_elsewhere": outside, "ssim_mirrored": other}
-    return pd.DataFrame({name: values.double().numpy() for name, values in found.items()})
+    other, _ = box_means(similarity, [mirrored(of_image, originals.shape[-1]) for of_image in boxes])
+    means = {"ssim_text": inside, "ssim_elsewhere": outside, "ssim_mirrored": other}
+    return pd.DataFrame({name: values.double().numpy() for name, values in means.items()})
 
 # %% ../nbs/23_autoencoder.ipynb #3dd67ac2
 def reconstruct_all(
@@ -113,34 +116,28 @@ def reconstruct_all(
         originals = torch.from_numpy(np.stack([load_radiograph(paths[i], size) for i in at]))
         made = reconstruct(vae, originals, [seeds[i] for i in at]).cpu()
         shapes = [open_radiograph(paths[i]).size for i in at]
-        own = [boxes_at(boxes.get(i, []), *shape, size) for i, shape in zip(at, shapes)]
+        text = [boxes_at(boxes.get(i, []), *shape, size) for i, shape in zip(at, shapes)]
         enlarged = pd.DataFrame({"enlarged": [min(shape) < size for shape in shapes]})
-        parts = pair_measures(originals, made), text_measures(originals, made, own), enlarged
+        parts = pair_measures(originals, made), text_measures(originals, made, text), enlarged
         frames.append(pd.concat(parts, axis=1))
         pairs.append((originals, to_bytes(gray(made))))
     originals, reconstructions = (torch.cat(part) for part in zip(*pairs))
     return pd.concat(frames, ignore_index=True), originals, reconstructions
 
-# %% ../nbs/23_autoencoder.ipynb #e41c1d22
+# %% ../nbs/23_autoencoder.ipynb #171757e0
 STATISTICS = ["mean", "sd", "median", "min", "max"]
 
+# %% ../nbs/23_autoencoder.ipynb #e41c1d22
 def _statistics(x):
     "(n, measures) to (5, measures), NaN left out."
     functions = np.nanmean, lambda x, axis: np.nanstd(x, axis=axis, ddof=1), np.nanmedian, np.nanmin, np.nanmax
     return np.stack([function(x, axis=0) for function in functions])
 
-def statistics_table(
-    values: pd.DataFrame,  # n rows, a column per measure; NaN where it was not taken
-    units: np.ndarray,  # (n,) the patient of each
-    printed: pd.DataFrame,  # rows of published("figure_3"), whose `metric` names a measure
-    draws: int = 2000,  # bootstrap samples
-    seed: int = 0,  # of the resampling
-) -> pd.DataFrame:  # TABLE_COLUMNS; a row per measure and statistic, those only printed at the end
-    "Mean, standard deviation, median and range of measures (§3.2), with 95 % intervals that resample units."
-    values = values.dropna(axis="columns", how="all")
+# %% ../nbs/23_autoencoder.ipynb #f3651a98
+def _statistics_ends(x, units, draws, seed):
+    "Ends of the 95 % intervals of STATISTICS, (2, 5, measures); raises ValueError for too few values."
     _, unit = np.unique(units, return_inverse=True)
-    members, rng = [np.flatnonzero(unit == u) for u in range(unit.max() + 1)], np.random.default_rng(seed)
-    x, samples = values.to_numpy(float), []
+    members, rng, samples = [np.flatnonzero(unit == u) for u in range(unit.max() + 1)], np.random.default_rng(seed), []
     for _ in range(draws):
         drawn = np.concatenate([members[u] for u in rng.integers(len(members), size=len(members))])
         # a measure taken of few images may be missing from a draw
@@ -148,14 +145,28 @@ def statistics_table(
     if len(samples) < draws / 2: raise ValueError("a measure was taken of too few images for an interval")
     ends = np.full((2, 5, x.shape[1]), np.nan)
     ends[:, :3] = np.quantile(samples, [0.025, 0.975], axis=0)
-    ends[:, np.isclose(*ends, rtol=1e-9, atol=0)] = np.nan  # one patient, or all alike: draws cannot say how sure it is
+    ends[:, np.isclose(*ends, rtol=1e-9, atol=0)] = np.nan
+    return ends
+
+# %% ../nbs/23_autoencoder.ipynb #fb22a132
+def statistics_table(
+    values: pd.DataFrame,  # n rows, a column per measure; NaN where it was not taken
+    units: np.ndarray,  # (n,) the patient of each
+    printed: pd.DataFrame,  # rows of published("figure_3"), whose `metric` names a measure
+    draws: int = 2000,  # bootstrap samples
+    seed: int = 0,  # of the resampling
+) -> pd.DataFrame:  # TABLE_COLUMNS
+    "Mean, standard deviation, median and range of measures (§3.2), with 95 % intervals that resample units."
+    values = values.dropna(axis="columns", how="all")
+    x = values.to_numpy(float)
+    statistics = (a.ravel() for a in (_statistics(x), *_statistics_ends(x, units, draws, seed)))
     cells = pd.MultiIndex.from_product([STATISTICS, values.columns], names=["column", "row"]).to_frame(index=False)
-    found = dict(zip(("measured", "ci_low", "ci_high"), (a.ravel() for a in (_statistics(x), *ends))))
-    cells = cells.assign(**found, n=cells.row.map(values.notna().sum()))
+    cells = cells.assign(**dict(zip(("measured", "ci_low", "ci_high"), statistics)))
+    cells = cells.assign(n=cells.row.map(values.notna().sum()))
     given = printed.rename(columns={"metric": "row"}).melt("row", STATISTICS, "column", "published")
-    table = given.merge(cells, how="outer", on=["row", "column"])
     rows = [*values.columns, *(m for m in printed.metric if m not in values)]
     order = pd.MultiIndex.from_product([rows, STATISTICS], names=["row", "column"])
+    table = given.merge(cells, how="outer", on=["row", "column"])
     table = table.set_index(["row", "column"]).reindex(order).reset_index()
     return table.assign(n=table.n.fillna(0).astype(int))[TABLE_COLUMNS]
 
@@ -166,6 +177,8 @@ LABEL_TARGETS = {  # label of Tables 1 and 6 -> output of torchxrayvision's clas
     "Lung Opacity": "Lung Opacity", "Pleural Effusion": "Effusion", "Pleural Other": "Pleural_Thickening",
     "Pneumonia": "Pneumonia", "Pneumothorax": "Pneumothorax",
 }
+
+# %% ../nbs/23_autoencoder.ipynb #76ce52a0
 LABEL_POLICY = "uncertain_positive_missing_negative"
 _SCORES, _SIDES = ["auc", "accuracy", "f1"], ["original", "reconstruction", "difference"]
 COLUMNS = ["prevalence", *(f"{score}_{side}" for score in _SCORES for side in _SIDES)]
@@ -181,12 +194,12 @@ def label_rows(
     seed: int = 0,  # of the resampling
 ) -> pd.DataFrame:  # a row per name of COLUMNS: measured, ci_low, ci_high, n, positives, note
     "One label's row of Table 1 or 6; its scores are blank where no image, or every image, has the label."
-    how = threshold, units, draws, 0.95, seed
-    before, after = (score_intervals(labels, scores, *how) for scores in (original, reconstruction))
-    change = score_differences(labels, original, reconstruction, *how).rename(columns={"difference": "value"})
+    settings = threshold, units, draws, 0.95, seed
+    before, after = (score_intervals(labels, scores, *settings) for scores in (original, reconstruction))
+    change = score_differences(labels, original, reconstruction, *settings).rename(columns={"difference": "value"})
     rows = {"prevalence": before.loc["prevalence"]}
-    for score in _SCORES:
-        rows |= {f"{score}_{side}": found.loc[score] for side, found in zip(_SIDES, (before, after, change))}
+    sides = dict(zip(_SIDES, (before, after, change)))
+    rows |= {f"{score}_{side}": part.loc[score] for score in _SCORES for side, part in sides.items()}
     rows = pd.DataFrame(rows).T.rename(columns={"value": "measured"})[["measured", "ci_low", "ci_high"]].astype(float)
     single = {0: "no image has this label", len(labels): "every image has this label"}.get(int(labels.sum()), "")
     if single: rows.loc[COLUMNS[1:]] = np.nan
@@ -197,23 +210,23 @@ def label_rows(
 # %% ../nbs/23_autoencoder.ipynb #a5448638
 def classification_table(
     rows: pd.DataFrame,  # n rows of a cohort: its raw labels, image_id and patient_id
-    found: pd.DataFrame,  # one judge's probabilities: image_id, target, original, reconstruction
+    scores: pd.DataFrame,  # one judge's probabilities: image_id, target, original, reconstruction
     printed: pd.DataFrame,  # published("table_1") or published("table_6")
     threshold: float = 0.5,  # an image is called positive at this probability and above
     draws: int = 2000,  # bootstrap samples
     seed: int = 0,  # of the resampling
 ) -> pd.DataFrame:  # TABLE_COLUMNS, positives, note; a row per label and name of COLUMNS
-    "Table 1 or 6 (§3.2, appendix A): what a judge finds in originals and reconstructions, beside what is printed."
+    "Table 1 or 6 (§3.2, appendix A): a judge's scores on originals and reconstructions, beside those printed."
     labels = apply_label_policy(rows[list(LABEL_TARGETS)], LABEL_POLICY).to_numpy()
     parts = []
-    for (label, target), own in zip(tqdm(LABEL_TARGETS.items(), "labels", leave=False), labels.T):
-        scores = found[found.target == target].set_index("image_id").reindex(rows.image_id)
-        if scores.original.isna().any():
-            part = pd.DataFrame({"column": COLUMNS, "n": 0, "positives": int(own.sum())})
+    for (label, target), truth in zip(tqdm(LABEL_TARGETS.items(), "labels", leave=False), labels.T):
+        sides = scores[scores.target == target].set_index("image_id").reindex(rows.image_id)
+        if sides.original.isna().any():
+            part = pd.DataFrame({"column": COLUMNS, "n": 0, "positives": int(truth.sum())})
             part["note"] = "the judge has no such output"
         else:
-            sides = scores.original.to_numpy(), scores.reconstruction.to_numpy()
-            part = label_rows(own, *sides, rows.patient_id.to_numpy(), threshold, draws, seed)
+            pair = sides.original.to_numpy(), sides.reconstruction.to_numpy()
+            part = label_rows(truth, *pair, rows.patient_id.to_numpy(), threshold, draws, seed)
         parts.append(part.assign(row=label))
     given = printed.rename(columns={"finding": "row"}).melt("row", var_name="column", value_name="published")
     table = pd.concat(parts, ignore_index=True).merge(given, how="left", on=["row", "column"])

@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
-from .checkpoints import check_finite, find_checkpoint, load_network, read_settings, split_place
+from .checkpoints import fill_network, find_checkpoint, in_one_line, load_network, read_settings, split_place
 from .core import torch_device
 from .places import find_path, sha256, written_whole
 
@@ -176,7 +176,7 @@ def _opened(path, what, **how):
             warnings.simplefilter("ignore")  # that the source of layers changed since they were saved
             return torch.load(path, map_location="cpu", **how)
     except Exception as error:  # a broken pickle shows as almost any
-        why = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+        why = in_one_line(error, 120)
         raise ValueError(f"{what}: {path} is not the published file ({why}); delete it and download it again") from None
 
 # %% ../nbs/04_judges.ipynb #34577a6c
@@ -188,9 +188,8 @@ def _published_classifier(name):
     saved = _opened(path, what, weights_only=False, pickle_module=_READER)
     model = models.DenseNet(weights=None)
     try:
-        model.load_state_dict({k: v for k, v in saved.state_dict().items() if k != "op_threshs"})
-        check_finite(model, "weights")
-    except (AttributeError, RuntimeError, ValueError) as error:
+        fill_network(model, {k: v for k, v in saved.state_dict().items() if k != "op_threshs"}, "weights")
+    except (AttributeError, ValueError) as error:
         why = " ".join(str(error).split())[:160]
         raise ValueError(f"{what}: {path} holds no DenseNet-121 ({why}); delete it and download it again") from None
     model.op_threshs = torch.tensor(about["op_threshs"])
@@ -205,9 +204,8 @@ def _local_classifier(folder, name):
     except Exception as error:  # values that are no shape show as any
         raise ValueError(f"{what}: config.json describes no DenseNet ({type(error).__name__}: {error})") from None
     try:
-        model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in load_file(path).items()})
-        check_finite(model, "weights")
-    except (RuntimeError, SafetensorError, ValueError) as error:
+        fill_network(model, load_file(path), "weights")
+    except (SafetensorError, ValueError) as error:
         why = " ".join(str(error).split())[:200]
         raise ValueError(f"{what}: model.safetensors does not fit config.json or is not whole ({why})") from None
     return Classifier(name, model, list(config["targets"]), config["image_size"], sha256(path))
@@ -365,8 +363,7 @@ def _vision_model(folder, name, device):
         return model(pixel_values=(colour - mean) / std).pooler_output.flatten(1)
     try: embed(torch.zeros(1, 1, size, size))
     except Exception as error:  # settings that do not fit one another show as any
-        why = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
-        raise ValueError(f"{what} gives no features of an image of {size} pixels ({why})") from None
+        raise ValueError(f"{what} gives no features of an image of {size} pixels ({in_one_line(error)})") from None
     return Extractor(name, f"{RESIZE}, to {size}", embed)
 
 # %% ../nbs/04_judges.ipynb #3e196055

@@ -20,8 +20,8 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
-from .checkpoints import (
-    choose_files, files_in, find_checkpoint, load_network, load_quietly, read_settings, split_place)
+from .checkpoints import choose_files, commit_of, files_in, find_checkpoint, in_one_line, load_network
+from .checkpoints import load_quietly, load_tokenizer, read_settings, split_place
 from .core import torch_device
 from .judges import unit_images
 from .places import sha256, written_whole
@@ -36,6 +36,7 @@ COMPONENTS = {  # part -> what it needs, each thing in one of several forms, the
     "scheduler": [[("scheduler_config.json",)]],
 }
 
+# %% ../nbs/22_stable_diffusion.ipynb #af9916c6
 def _needs(parts):
     "What these parts need, as `choose_files` asks it."
     inside = lambda part, form: tuple(f"{part}/{file}" for file in form)
@@ -43,38 +44,28 @@ def _needs(parts):
 
 # %% ../nbs/22_stable_diffusion.ipynb #1537244a
 def components_folder(
-    source: str,  # folder, or hub id with or without @revision
+    source: str,  # a place, as `split_place` takes it
     parts: Sequence[str] = tuple(COMPONENTS),  # names of COMPONENTS
 ) -> Path:  # a folder with a subfolder for each part
-    """Folder of a model: the given one, the cached snapshot, or a fresh download of these parts.
-
-    Raises FileNotFoundError with what to download and where to put it where it
-    is neither here nor to be had, and for a folder that lacks files, and what
-    `find_checkpoint` raises for other files than the hub announced.
-    """
-    # a tokenizer's further files are small, and say how it treats its input
+    "Folder of a model with these parts; raises what `find_checkpoint` raises."
     besides = ["tokenizer/*.json"] * ("tokenizer" in parts)
     instead = "set stable_diffusion to that folder"
     return find_checkpoint(*split_place(source), lambda names: _needs(parts), "Stable Diffusion", instead, besides)
 
 # %% ../nbs/22_stable_diffusion.ipynb #6561860b
-def _load_network(part, folder, dtype, what):
-    "A part with weights; raises what `load_network` raises."
+def _load_network(part, folder, device, dtype, what):
+    "A part with weights on its device; raises what `load_network` raises."
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextModel
     kind = {"vae": AutoencoderKL, "unet": UNet2DConditionModel, "text_encoder": CLIPTextModel}[part]
     precision = {"dtype" if part == "text_encoder" else "torch_dtype": dtype}
-    return load_network(kind, folder, f"{what}: {part}", **precision)
+    network = load_network(kind, folder, f"{what}: {part}", **precision).to(device)
+    # convolutions are up to twice as fast with their weights in this order
+    return network if part == "text_encoder" else network.to(memory_format=torch.channels_last)
 
 # %% ../nbs/22_stable_diffusion.ipynb #28eec966
-def _load_tokenizer(folder, what):
-    from transformers import CLIPTokenizer
-    tokenizer = load_quietly(CLIPTokenizer, folder, f"{what}: tokenizer")
-    # one that does not find its files knows its two special tokens
-    if len(tokenizer) < 258: raise ValueError(f"{what}: its tokenizer knows {len(tokenizer)} tokens, no CLIP's")
-    return tokenizer
-
 def _load_scheduler(folder, what):
+    "A scheduler of the class that its settings name; raises ValueError for one that is none of diffusers'."
     import diffusers
     name = read_settings(folder / "scheduler_config.json", what).get("_class_name", "")
     kind = getattr(diffusers, str(name), None)
@@ -82,20 +73,23 @@ def _load_scheduler(folder, what):
         raise ValueError(f"{what}: scheduler '{name}' is none of diffusers'")
     return load_quietly(kind, folder, f"{what}: scheduler")
 
+# %% ../nbs/22_stable_diffusion.ipynb #316278d8
 def _load(part, folder, device, dtype, what):
-    if part == "tokenizer": return _load_tokenizer(folder / part, what)
+    "A part of the model in a folder."
+    from transformers import CLIPTokenizer
+    if part == "tokenizer": return load_tokenizer(CLIPTokenizer, folder / part, what, range(258, 1_000_000))
     if part == "scheduler": return _load_scheduler(folder / part, what)
-    network = _load_network(part, folder / part, dtype, what).to(device)
-    # convolutions are up to twice as fast with their weights in this order
-    return network if part == "text_encoder" else network.to(memory_format=torch.channels_last)
+    return _load_network(part, folder / part, device, dtype, what)
 
-# %% ../nbs/22_stable_diffusion.ipynb #bef8e128
+# %% ../nbs/22_stable_diffusion.ipynb #b10f0b33
 def _precision(device, dtype):
+    "A device by its name, and the precision given or usual there."
     device = torch_device(device)
     return device, dtype or (torch.float16 if device.type == "cuda" else torch.float32)
 
+# %% ../nbs/22_stable_diffusion.ipynb #bef8e128
 def load_component(
-    source: str,  # folder, or hub id with or without @revision
+    source: str,  # a place, as `split_place` takes it
     part: str,  # a name of COMPONENTS
     device: str = "cpu",  # torch device, or "auto"
     dtype: torch.dtype | None = None,  # of the weights; half on a CUDA GPU and single elsewhere by default
@@ -103,12 +97,14 @@ def load_component(
     "One part of a model; raises what `components_folder` raises, and ValueError for weights that do not fit."
     return _load(part, components_folder(source, [part]), *_precision(device, dtype), f"Stable Diffusion {source}")
 
+# %% ../nbs/22_stable_diffusion.ipynb #f892356f
 SCHEDULERS = {  # name -> class of diffusers
     "pndm": "PNDMScheduler", "ddim": "DDIMScheduler", "ddpm": "DDPMScheduler",
     "dpm_solver++": "DPMSolverMultistepScheduler",
 }
 
-def _scheduler_kind(scheduler):
+# %% ../nbs/22_stable_diffusion.ipynb #4f4fe912
+def _scheduler_class(scheduler):
     "A class of diffusers by its name in SCHEDULERS, None for the model's own."
     import diffusers
     if scheduler and scheduler not in SCHEDULERS:
@@ -116,29 +112,32 @@ def _scheduler_kind(scheduler):
         raise ValueError(f"unknown scheduler '{scheduler}'; there are {there}, or '' for the model's own")
     return getattr(diffusers, SCHEDULERS[scheduler]) if scheduler else None
 
-def _of_kind(kind, own):
-    # a model's own scheduler may not say so, but latents, unlike pixels, go beyond -1..1
-    return kind.from_config({**own.config, "clip_sample": False}) if kind else own
+# %% ../nbs/22_stable_diffusion.ipynb #2175ce71
+def _as_class(scheduler_class, scheduler):
+    "A scheduler as another class with the same settings; the same for None."
+    return scheduler_class.from_config({**scheduler.config, "clip_sample": False}) if scheduler_class else scheduler
 
+# %% ../nbs/22_stable_diffusion.ipynb #4ecf42ad
 def load_scheduler(
-    source: str,  # folder, or hub id with or without @revision
+    source: str,  # a place, as `split_place` takes it
     scheduler: str = "",  # a name of SCHEDULERS; empty: the model's own
 ):
-    "What a model draws with, without the model; raises what `load_component` raises, and ValueError for an unknown one."
-    return _of_kind(_scheduler_kind(scheduler), load_component(source, "scheduler"))
+    "What a model samples with; raises what `load_component` raises, and ValueError for an unknown name."
+    return _as_class(_scheduler_class(scheduler), load_component(source, "scheduler"))
 
+# %% ../nbs/22_stable_diffusion.ipynb #b54e6e5e
 def load_pipeline(
-    source: str,  # folder, or hub id with or without @revision
+    source: str,  # a place, as `split_place` takes it
     device: str = "cpu",  # torch device, or "auto"
     scheduler: str = "",  # a name of SCHEDULERS; empty: the model's own
     dtype: torch.dtype | None = None,  # of the weights; half on a CUDA GPU and single elsewhere by default
-):  # a diffusers StableDiffusionPipeline without safety checker, whose verdict on radiographs means nothing
+):  # a diffusers StableDiffusionPipeline without safety checker
     "All parts of a model together; raises what `load_scheduler` raises."
     import diffusers
-    kind = _scheduler_kind(scheduler)
+    scheduler_class = _scheduler_class(scheduler)
     folder, where = components_folder(source), _precision(device, dtype)
     parts = {part: _load(part, folder, *where, f"Stable Diffusion {source}") for part in COMPONENTS}
-    parts["scheduler"] = _of_kind(kind, parts["scheduler"])
+    parts["scheduler"] = _as_class(scheduler_class, parts["scheduler"])
     pipeline = diffusers.StableDiffusionPipeline(
         **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
     )
@@ -147,15 +146,15 @@ def load_pipeline(
 
 # %% ../nbs/22_stable_diffusion.ipynb #3eaf212c
 def components_record(
-    source: str,  # folder, or hub id with or without @revision
+    source: str,  # a place, as `split_place` takes it
     parts: Sequence[str] = tuple(COMPONENTS),  # names of COMPONENTS
 ) -> dict:  # location, revision (None for a folder) and sha256 by file
     "What to record of a model; raises what `components_folder` raises."
     folder = components_folder(source, parts)
-    # the cache keeps each commit of a repository in snapshots/<commit>
-    revision = folder.name if folder.parent.name == "snapshots" else None
-    weights = [file for file in choose_files(files_in(folder), _needs(parts))[0] if not file.endswith((".json", ".txt"))]
-    return {"location": split_place(source)[0], "revision": revision, "sha256": {file: sha256(folder / file) for file in weights}}
+    files = choose_files(files_in(folder), _needs(parts))[0]
+    weights = [file for file in files if not file.endswith((".json", ".txt"))]
+    hashes = {file: sha256(folder / file) for file in weights}
+    return {"location": split_place(source)[0], "revision": commit_of(folder), "sha256": hashes}
 
 # %% ../nbs/22_stable_diffusion.ipynb #a86f8780
 def vae_factor(
@@ -164,6 +163,7 @@ def vae_factor(
     "Pixels of an image per number of its latents, along a side."
     return 2 ** (len(vae.config.block_out_channels) - 1)
 
+# %% ../nbs/22_stable_diffusion.ipynb #64267b4d
 @torch.no_grad()
 def encode(
     vae,  # an AutoencoderKL
@@ -177,12 +177,13 @@ def encode(
     scale = vae.config.scaling_factor
     return scale * posterior.mean.float(), scale * posterior.std.float()
 
+# %% ../nbs/22_stable_diffusion.ipynb #14150c5d
 @torch.no_grad()
 def decode(
     vae,  # an AutoencoderKL
     latents: torch.Tensor,  # (n, channels, h, w), scaled
 ) -> torch.Tensor:  # (n, 3, 8 h, 8 w) float32 in 0..1
-    "Images of latents (§2.3), values beyond black and white cut off, as the pipeline does; raises ValueError for NaN."
+    "Images of latents (§2.3); raises ValueError for NaN."
     images = vae.decode(latents.to(vae.device, vae.dtype) / vae.config.scaling_factor).sample.float()
     bad = (~images.isfinite()).flatten(1).any(1).nonzero()
     if len(bad): raise ValueError(f"image {int(bad[0])} of the VAE is not finite; load it in single precision")
@@ -192,9 +193,10 @@ def decode(
 def generators(
     seeds: Sequence[int],  # one per image
 ) -> list[torch.Generator]:
-    "A random generator per image, on the CPU: a seed means the same noise on every device and in every precision."
+    "A random generator per image, on the CPU."
     return [torch.Generator().manual_seed(int(seed)) for seed in seeds]
 
+# %% ../nbs/22_stable_diffusion.ipynb #275383de
 def seeded_noise(
     shape: Sequence[int],  # of one image's latents
     random: list[torch.Generator],  # one per image; each moves on
@@ -202,6 +204,7 @@ def seeded_noise(
     "Standard normal noise, that of an image from its own generator alone."
     return torch.stack([torch.randn(*shape, generator=generator) for generator in random])
 
+# %% ../nbs/22_stable_diffusion.ipynb #57f5ec86
 def draw_latents(
     mean: torch.Tensor,  # (n, channels, h, w)
     std: torch.Tensor,  # (n, channels, h, w)
@@ -210,12 +213,14 @@ def draw_latents(
     "Latents drawn from what `encode` gives, each image with its own seed."
     return mean + std * seeded_noise(mean.shape[1:], generators(seeds)).to(mean.device)
 
+# %% ../nbs/22_stable_diffusion.ipynb #58752a36
 def gray(
     images: torch.Tensor,  # (n, 3, h, w): uint8, or floats in 0..1
 ) -> torch.Tensor:  # (n, h, w) float32 in 0..1
     "The mean of the three channels; raises what `unit_images` raises."
     return unit_images(images).mean(1)
 
+# %% ../nbs/22_stable_diffusion.ipynb #2952fc98
 def to_bytes(
     images: torch.Tensor,  # in 0..1
 ) -> torch.Tensor:  # uint8 of the same shape, on the CPU
@@ -228,7 +233,7 @@ def encoder_hidden_states(
     pipeline,  # a StableDiffusionPipeline
     prompt: str,
 ) -> torch.Tensor:  # (1, tokens, width)
-    "What the U-Net is told of a prompt; raises ValueError for one that is longer than the text encoder reads."
+    "A prompt as the U-Net sees it; raises ValueError for one that is longer than the text encoder reads."
     words = pipeline.maybe_convert_prompt(prompt, pipeline.tokenizer)  # a learnt concept may take several tokens
     length = len(pipeline.tokenizer(words, verbose=False).input_ids)
     if length > (most := pipeline.text_encoder.config.max_position_embeddings):
@@ -237,7 +242,7 @@ def encoder_hidden_states(
 
 # %% ../nbs/22_stable_diffusion.ipynb #72e9db62
 def _rehearsed(scheduler, steps):
-    "How often a scheduler asks the U-Net, and what four numbers become that it takes for latents."
+    "How often a scheduler asks the U-Net, and what becomes of four numbers in place of latents."
     scheduler, random = copy.deepcopy(scheduler), torch.Generator().manual_seed(0)
     takes = inspect.signature(scheduler.step).parameters  # as diffusers' pipeline asks it
     extra = {name: value for name, value in {"eta": 0.0, "generator": random}.items() if name in takes}
@@ -260,11 +265,26 @@ def check_steps(
     name, most = type(scheduler).__name__, scheduler.config.num_train_timesteps
     why = f"it has {most} timesteps" if steps > most else ""
     try: evaluations, latents = (0, torch.zeros(1)) if why else _rehearsed(scheduler, int(steps))
-    except Exception as error: why = f"{type(error).__name__}: {' '.join(str(error).split())[:80]}"
+    except Exception as error: why = in_one_line(error, 80)
     if not why and evaluations < steps: why = f"it would take {evaluations} instead"
     if not why and not latents.isfinite().all(): why = f"of its {most} timesteps one comes twice"
     if why: raise ValueError(f"{name} cannot draw in {steps} steps ({why}); choose another number of steps")
     return evaluations
+
+# %% ../nbs/22_stable_diffusion.ipynb #db16c648
+def _prompt_embeds(pipeline, prompt, n):
+    "Hidden states of a prompt; raises ValueError for those of neither one prompt nor n."
+    prompt_embeds = encoder_hidden_states(pipeline, prompt) if isinstance(prompt, str) else prompt
+    if len(prompt_embeds) in (1, n): return prompt_embeds
+    raise ValueError(f"hidden states of {len(prompt_embeds)} prompts, and {n} seeds: give one prompt, or one a seed")
+
+# %% ../nbs/22_stable_diffusion.ipynb #6d4872d2
+def _latent_shape(pipeline, size):
+    "Channels, height and width of latents; raises ValueError for a size the VAE cannot make."
+    factor, side = vae_factor(pipeline.vae), pipeline.unet.config.sample_size
+    if size and size % factor:
+        raise ValueError(f"the VAE makes images of a size divisible by {factor}, not of {size} pixels")
+    return pipeline.unet.config.in_channels, *[size // factor if size else side] * 2
 
 # %% ../nbs/22_stable_diffusion.ipynb #0227d428
 def sample(
@@ -284,29 +304,25 @@ def sample(
     images that are not finite.
     """
     evaluations = check_steps(pipeline.scheduler, steps)
-    states = [encoder_hidden_states(pipeline, x) if isinstance(x, str) else x for x in (prompt, unconditional)]
-    if lost := [len(x) for x in states if len(x) not in (1, len(seeds))]:
-        raise ValueError(f"hidden states of {lost[0]} prompts, and {len(seeds)} seeds: give one prompt, or one a seed")
-    factor = vae_factor(pipeline.vae)
-    size = size or pipeline.unet.config.sample_size * factor
-    if size % factor: raise ValueError(f"the VAE makes images of a size divisible by {factor}, not of {size} pixels")
-    shape = pipeline.unet.config.in_channels, size // factor, size // factor
-    batches = range(0, len(seeds), batch_size)
-    found = [torch.empty(0, 3, size, size, dtype=torch.uint8)]
+    embeds = [_prompt_embeds(pipeline, one, len(seeds)) for one in (prompt, unconditional)]
+    shape = _latent_shape(pipeline, size)
+    side, batches = shape[1] * vae_factor(pipeline.vae), range(0, len(seeds), batch_size)
+    images = [torch.empty(0, 3, side, side, dtype=torch.uint8)]
     with tqdm(total=len(batches) * evaluations, desc=f"{len(seeds)} images", unit="step", leave=False) as bar:
         def advance(pipeline, step, timestep, kept): bar.update(); return kept
         for start in batches:
             random = generators(seeds[start : start + batch_size])
-            some = (x if len(x) == 1 else x[start : start + batch_size] for x in states)
-            told, untold = (x.expand(len(random), -1, -1) for x in some)
-            noise = seeded_noise(shape, random).to(told.dtype)
+            some = (one if len(one) == 1 else one[start : start + batch_size] for one in embeds)
+            prompt_embeds, negative_prompt_embeds = (one.expand(len(random), -1, -1) for one in some)
             latents = pipeline(
-                height=size, width=size, num_inference_steps=steps, guidance_scale=guidance_scale, prompt_embeds=told,
-                negative_prompt_embeds=untold if guidance_scale > 1 else None, latents=noise, generator=random,
+                height=side, width=side, num_inference_steps=steps, guidance_scale=guidance_scale,
+                prompt_embeds=prompt_embeds,
+                negative_prompt_embeds=negative_prompt_embeds if guidance_scale > 1 else None,
+                latents=seeded_noise(shape, random).to(prompt_embeds.dtype), generator=random,
                 callback_on_step_end=advance, output_type="latent",
             ).images
-            found.append(to_bytes(decode(pipeline.vae, latents)))
-    return torch.cat(found)
+            images.append(to_bytes(decode(pipeline.vae, latents)))
+    return torch.cat(images)
 
 # %% ../nbs/22_stable_diffusion.ipynb #c5b374a6
 def write_images(

@@ -9,7 +9,6 @@ __all__ = ['ENCODERS', 'EXTRACTIONS', 'SIMILARITIES', 'EncoderSource', 'encoder_
            'read_of_reports', 'read_embeddings']
 
 # %% ../nbs/24_text_encoder.ipynb #aeed2725
-import json
 import re
 import unicodedata
 from collections import OrderedDict
@@ -20,10 +19,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from safetensors.torch import load_file
 from tqdm.auto import tqdm
 
-from .checkpoints import find_checkpoint, read_settings, split_place
+from .checkpoints import WEIGHTS, commit_of, fill_network, find_checkpoint, load_network, load_tokenizer
+from .checkpoints import read_settings, read_tensors, split_place
 from .core import torch_device
 from .places import sha256
 
@@ -36,6 +35,7 @@ class EncoderSource:
     revision: str | None = None  # commit, tag or branch on the hub
     lower_case: bool | None = None  # casing of a BERT tokenizer; None: as its files say
 
+# %% ../nbs/24_text_encoder.ipynb #dded677e
 ENCODERS = {
     source.name: source
     for source in (
@@ -56,46 +56,30 @@ ENCODERS = {
 
 # %% ../nbs/24_text_encoder.ipynb #ed017d50
 def encoder_source(
-    text: str,  # "Name", "Name=folder" or "Name=hub/id@revision"
+    name: str,  # as tables show it
+    place: str = "",  # as `split_place` takes it; empty: that of ENCODERS
 ) -> EncoderSource:
-    """Read an encoder's name and place from one line; a name of ENCODERS keeps its casing.
-
-    Raises ValueError for an unknown name without a place.
-    """
-    name, _, location = text.partition("=")
+    "An encoder by its name and place; raises ValueError for an unknown name without a place."
     known = ENCODERS.get(name)
-    if not location:
-        if known is None:
-            raise ValueError(
-                f"unknown text encoder '{name}'; there are {', '.join(ENCODERS)}, "
-                f"or give its place: '{name}=folder' or '{name}=hub/id@revision'"
-            )
-        return known
-    return EncoderSource(name, *split_place(location), known.lower_case if known else None)
+    if place: return EncoderSource(name, *split_place(place), known.lower_case if known else None)
+    if known: return known
+    raise ValueError(f"unknown text encoder '{name}'; there are {', '.join(ENCODERS)}; give any other its place")
 
 # %% ../nbs/24_text_encoder.ipynb #28ad9ee8
-_WEIGHTS = ["model.safetensors", "pytorch_model.bin"]
-
 def _needs(names):
-    "What an encoder needs, as `choose_files` asks it: one of Stable Diffusion has its files in folders."
+    "What an encoder needs, as `choose_files` asks it."
     clip = any(name.startswith("text_encoder/") for name in names)
     model, words = ("text_encoder/", "tokenizer/") if clip else ("", "")
     vocabularies = [("vocab.json", "merges.txt") if clip else ("vocab.txt",), ("tokenizer.json",)]
-    weights = [(model + file,) for file in _WEIGHTS]
+    weights = [(model + file,) for file in WEIGHTS]
     return [[(model + "config.json",)], weights, [tuple(words + file for file in form) for form in vocabularies]]
 
 # %% ../nbs/24_text_encoder.ipynb #40021909
 def checkpoint_folder(
-    source: EncoderSource,  # hub id or folder
+    source: EncoderSource,
 ) -> Path:  # a folder with all the files the encoder needs
-    """Folder of a checkpoint: the given one, the cached snapshot, or a fresh download.
-
-    Raises FileNotFoundError with what to download and where to put it where it
-    is neither here nor to be had, and for a folder that lacks files, and what
-    `find_checkpoint` raises for other files than the hub announced.
-    """
-    what, instead = f"text encoder {source.name}", f"name the encoder '{source.name}=FOLDER'"
-    # files that say how the tokenizer treats its input
+    "Folder of an encoder's checkpoint; raises what `find_checkpoint` raises."
+    what, instead = f"text encoder {source.name}", f"give FOLDER as the place of {source.name}"
     besides = ["*token*.json", "tokenizer/*.json", "tokenizer/*.txt"]
     return find_checkpoint(source.location, source.revision, _needs, what, instead, besides)
 
@@ -111,47 +95,14 @@ class TextEncoder:
     has_pooler: bool  # whether the checkpoint holds a trained pooler
     head: torch.nn.Module | None = None  # the "model specific" projection of the CLS hidden state
 
-# %% ../nbs/24_text_encoder.ipynb #5fb7b11c
-def _quietly(kind, folder, **settings):
-    "A from_pretrained without its progress bars and reports: what they say is checked right after."
-    # transformers is slow to import and only loading needs it; the score and its readers do without
-    from transformers.utils import logging as transformers_logging
-    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try: return kind.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **settings)
-    finally:
-        transformers_logging.set_verbosity(level)
-        if bars: transformers_logging.enable_progress_bar()
-
-def _unreadable(name, error):
-    reason = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
-    return ValueError(f"text encoder {name}: its weights cannot be read as plain tensors ({reason})")
-
-def _load_strictly(model_class, folder, name):
-    "Load a model; returns it and whether its pooler was in the checkpoint. ValueError for any other missing weight."
-    try:
-        model, info = _quietly(model_class, folder, output_loading_info=True, dtype=torch.float32)
-    except Exception as error: raise _unreadable(name, error) from error
-    lost = sorted(
-        k for k in (*info["missing_keys"], *(m[0] for m in info["mismatched_keys"])) if "position_ids" not in k
-    )
-    pooler = [k for k in lost if k.startswith("pooler.")]
-    if len(lost) > len(pooler):
-        first = next(k for k in lost if k not in pooler)
-        raise ValueError(
-            f"text encoder {name}: the checkpoint lacks {len(lost) - len(pooler)} weights, the first is {first}"
-        )
-    return model, not pooler
+# %% ../nbs/24_text_encoder.ipynb #e01f14c4
+def _tokenizer(kind, folder, source, vocab_size):
+    "An encoder's tokenizer with its casing; raises what `load_tokenizer` raises."
+    casing = {} if source.lower_case is None else {"do_lower_case": source.lower_case}
+    sizes = range(vocab_size - 127, vocab_size + 1)
+    return load_tokenizer(kind, folder, f"text encoder {source.name}", sizes, **casing)
 
 # %% ../nbs/24_text_encoder.ipynb #990b8b82
-def _read_weights(folder, name):
-    path = Path(folder) / "model.safetensors"
-    try:
-        if path.exists(): return load_file(path)
-        return torch.load(path.with_name("pytorch_model.bin"), map_location="cpu", weights_only=True)
-    except Exception as error: raise _unreadable(name, error) from error
-
 def projection_head(
     width: int,  # of the encoder's hidden states
     projection: int,  # of the shared space
@@ -162,43 +113,48 @@ def projection_head(
         dense_to_hidden=torch.nn.Linear(width, projection), activation=torch.nn.GELU(),
         LayerNorm=torch.nn.LayerNorm(projection, eps=eps), dense_to_output=torch.nn.Linear(projection, projection)))
 
+# %% ../nbs/24_text_encoder.ipynb #1a614ace
+_NOT_BERTS = ("auto_map", "architectures", "model_type", "transformers_version")
+
 # %% ../nbs/24_text_encoder.ipynb #bf12a21b
-def _load_cxr_bert(folder, config, name):
-    weights = _read_weights(folder, name)
-    part = lambda prefix: {
-        k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix) and not k.endswith("position_ids")
-    }
+def _load_cxr_bert(folder, config, what):
+    "CXR-BERT and its projection head; raises what `read_tensors` and `fill_network` raise."
     from transformers import BertConfig, BertModel
-    settings = {
-        k: v for k, v in config.items() if k not in ("auto_map", "architectures", "model_type", "transformers_version")
-    }
+    weights = {k: v for k, v in read_tensors(folder, what).items() if not k.endswith("position_ids")}
+    part = lambda prefix: {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
+    bert = {k: v for k, v in part("bert.").items() if not k.startswith("pooler.")}
+    settings = {k: v for k, v in config.items() if k not in _NOT_BERTS}
     model = BertModel(BertConfig(**settings), add_pooling_layer=False)
     head = projection_head(model.config.hidden_size, config["projection_size"], model.config.layer_norm_eps)
-    try:
-        # checkpoints of other training set-ups may carry a pooler that was never trained
-        model.load_state_dict({k: v for k, v in part("bert.").items() if not k.startswith("pooler.")})
-        head.load_state_dict(part("cls_projection_head."))
-    except RuntimeError as error:
-        raise ValueError(f"text encoder {name}: {' '.join(str(error).split())[:300]}") from None
-    return model, head
+    return fill_network(model, bert, what), fill_network(head, part("cls_projection_head."), what)
 
-# %% ../nbs/24_text_encoder.ipynb #e01f14c4
-def _tokenizer(kind, folder, source, vocab_size):
-    casing = {} if source.lower_case is None else {"do_lower_case": source.lower_case}
-    try: tokenizer = _quietly(kind, folder, **casing)
-    except Exception as error:  # a broken file shows as any of several libraries' errors
-        why = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
-        raise ValueError(f"text encoder {source.name}: its tokenizer cannot be read ({why})") from None
-    # a vocabulary may be padded to a multiple of 128; a tokenizer that lost its files knows a handful of words
-    if not vocab_size - 128 < len(tokenizer) <= vocab_size:
-        raise ValueError(
-            f"text encoder {source.name}: its tokenizer knows {len(tokenizer)} tokens, its model {vocab_size}"
-        )
-    return tokenizer
+# %% ../nbs/24_text_encoder.ipynb #29f0e2fd
+def _load_clip(folder, source):
+    "CLIP's text encoder and tokenizer."
+    from transformers import CLIPTextModel, CLIPTokenizer
+    what = f"text encoder {source.name}: its model"
+    model = load_network(CLIPTextModel, folder / "text_encoder", what, dtype=torch.float32)
+    tokenizer = _tokenizer(CLIPTokenizer, folder / "tokenizer", source, model.config.vocab_size)
+    return TextEncoder(source, folder, tokenizer, model, model.config.max_position_embeddings, has_pooler=True)
+
+# %% ../nbs/24_text_encoder.ipynb #669fa8af
+def _load_bert(folder, source):
+    "A BERT and its tokenizer; raises ValueError for a model of another kind."
+    from transformers import BertModel, BertTokenizer
+    what, head = f"text encoder {source.name}", None
+    config = read_settings(folder / "config.json", what)
+    if (kind := config.get("model_type")) not in ("bert", "cxr-bert"):
+        expected = "'bert', 'cxr-bert' or a folder with text_encoder/"
+        raise ValueError(f"{what}: config.json says model_type {kind!r}, expected {expected}")
+    if "projection_size" in config: model, head = _load_cxr_bert(folder, config, f"{what}: its model")
+    else: model = load_network(BertModel, folder, f"{what}: its model", optional="pooler", dtype=torch.float32)
+    tokenizer = _tokenizer(BertTokenizer, folder, source, model.config.vocab_size)
+    length, has_pooler = model.config.max_position_embeddings, model.pooler is not None
+    return TextEncoder(source, folder, tokenizer, model, length, has_pooler, head)
 
 # %% ../nbs/24_text_encoder.ipynb #e45ed47b
 def load_text_encoder(
-    source: EncoderSource | str,  # or a line that `encoder_source` reads
+    source: EncoderSource | str,  # or a name of ENCODERS, or "name=place" for any other
     device: str = "cpu",  # torch device, or "auto"
 ) -> TextEncoder:
     """Load one of the seven encoders, or any BERT or CLIP text encoder in their layout.
@@ -206,34 +162,12 @@ def load_text_encoder(
     Raises FileNotFoundError where files are not to be had and ValueError for a
     checkpoint that is no such encoder or lacks weights. No remote code runs.
     """
-    source = encoder_source(source) if isinstance(source, str) else source
+    source = encoder_source(*source.split("=", 1)) if isinstance(source, str) else source
     folder = checkpoint_folder(source)
-    if (folder / "text_encoder").is_dir(): encoder = _load_clip(folder, source)
-    else: encoder = _load_bert(folder, source)
+    encoder = _load_clip(folder, source) if (folder / "text_encoder").is_dir() else _load_bert(folder, source)
     for module in (encoder.model, encoder.head):
-        if module is not None: module.eval().requires_grad_(False).to(torch_device(device))
+        if module is not None: module.to(torch_device(device))
     return encoder
-
-# %% ../nbs/24_text_encoder.ipynb #29f0e2fd
-def _load_clip(folder, source):
-    from transformers import CLIPTextModel, CLIPTokenizer
-    model, _ = _load_strictly(CLIPTextModel, folder / "text_encoder", source.name)
-    tokenizer = _tokenizer(CLIPTokenizer, folder / "tokenizer", source, model.config.vocab_size)
-    return TextEncoder(source, folder, tokenizer, model, model.config.max_position_embeddings, has_pooler=True)
-
-def _load_bert(folder, source):
-    from transformers import BertModel, BertTokenizer
-    config = read_settings(folder / "config.json", f"text encoder {source.name}")
-    kind, head = config.get("model_type"), None
-    if kind not in ("bert", "cxr-bert"):
-        raise ValueError(
-            f"text encoder {source.name}: config.json says model_type {kind!r}, "
-            "expected 'bert', 'cxr-bert' or a folder with text_encoder/"
-        )
-    if "projection_size" in config: (model, head), pooler = _load_cxr_bert(folder, config, source.name), False
-    else: model, pooler = _load_strictly(BertModel, folder, source.name)
-    tokenizer = _tokenizer(BertTokenizer, folder, source, model.config.vocab_size)
-    return TextEncoder(source, folder, tokenizer, model, model.config.max_position_embeddings, pooler, head)
 
 # %% ../nbs/24_text_encoder.ipynb #1e4f5da8
 def provenance(
@@ -241,28 +175,31 @@ def provenance(
 ) -> dict[str, object]:  # location, revision, weights_sha256, lower_case, max_length
     "What to record of a loaded encoder."
     source, folder = encoder.source, encoder.folder
-    # the cache keeps each commit of a repository in snapshots/<commit>
-    revision = folder.name if folder.parent.name == "snapshots" else source.revision
-    weights = next(p for part in (".", "text_encoder") for w in _WEIGHTS if (p := folder / part / w).exists())
-    about = {"location": source.location, "revision": revision, "weights_sha256": sha256(weights)}
-    return about | {"lower_case": source.lower_case, "max_length": encoder.max_length}
+    parts = [folder / part / name for part in (".", "text_encoder") for name in WEIGHTS]
+    return {
+        "location": source.location, "revision": commit_of(folder) or source.revision,
+        "weights_sha256": sha256(next(path for path in parts if path.exists())),
+        "lower_case": source.lower_case, "max_length": encoder.max_length,
+    }
 
 # %% ../nbs/24_text_encoder.ipynb #93952615
 EXTRACTIONS = ["cls_hidden_state", "mean_hidden_states", "pooler_output", "model_specific"]
 
+# %% ../nbs/24_text_encoder.ipynb #5022fb60
 @torch.inference_mode()
 def _extract(encoder, tokens, special_tokens):
+    "Embeddings of a batch of tokens by every extraction the encoder has."
     special = tokens.pop("special_tokens_mask")
     out = encoder.model(**tokens)
     hidden, mask = out.last_hidden_state, tokens["attention_mask"]
     if not special_tokens: mask = mask * (1 - special)
-    found = {
+    embeddings = {
         "cls_hidden_state": hidden[:, 0],
         "mean_hidden_states": (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True),
     }
-    if encoder.has_pooler: found["pooler_output"] = out.pooler_output
-    if encoder.head is not None: found["model_specific"] = encoder.head(hidden[:, 0])
-    return {name: value.float().cpu() for name, value in found.items()}
+    if encoder.has_pooler: embeddings["pooler_output"] = out.pooler_output
+    if encoder.head is not None: embeddings["model_specific"] = encoder.head(hidden[:, 0])
+    return {name: value.float().cpu() for name, value in embeddings.items()}
 
 # %% ../nbs/24_text_encoder.ipynb #ccf11c0e
 def _token_counts(encoder, texts):
@@ -270,55 +207,60 @@ def _token_counts(encoder, texts):
     tokens = encoder.tokenizer(list(texts), verbose=False, return_special_tokens_mask=True)
     lengths = np.array([len(ids) for ids in tokens["input_ids"]])
     blank = np.flatnonzero(lengths == [sum(mask) for mask in tokens["special_tokens_mask"]])
-    if len(blank):
-        raise ValueError(
-            f"text {blank[0]}, {texts[blank[0]][:40]!a}, holds nothing that the tokenizer of {encoder.source.name} reads "
-            f"({len(blank)} of {len(texts)} do not); leave it out"
-        )
-    return lengths
+    if not len(blank): return lengths
+    raise ValueError(
+        f"text {blank[0]}, {texts[blank[0]][:40]!a}, holds nothing that the tokenizer of {encoder.source.name} reads "
+        f"({len(blank)} of {len(texts)} do not); leave it out"
+    )
 
 # %% ../nbs/24_text_encoder.ipynb #6e604dde
-def _check_finite(embeddings, name):
+def _check_embeddings(embeddings, name):
     "Raise ValueError where an embedding is not finite."
     for extraction, values in embeddings.items():
         bad = (~values.isfinite().all(1)).nonzero()
-        if len(bad): raise ValueError(f"text {int(bad[0])}: its {extraction} by {name} is not finite ({len(bad)} are not)")
+        if len(bad):
+            raise ValueError(f"text {int(bad[0])}: its {extraction} by {name} is not finite ({len(bad)} are not)")
+
+# %% ../nbs/24_text_encoder.ipynb #c6229344
+_BLANK = "\u115f\u1160\u2800\u3164\uffa0"  # Hangul fillers and the empty Braille pattern
+
+# %% ../nbs/24_text_encoder.ipynb #185a26c2
+def _is_visible(text):
+    "Whether a text has a character that one can see."
+    return isinstance(text, str) and any(unicodedata.category(c)[0] in "LNPS" and c not in _BLANK for c in text)
 
 # %% ../nbs/24_text_encoder.ipynb #fa5ca7bc
-_BLANK = "\u115f\u1160\u2800\u3164\uffa0"  # letters and symbols to Unicode, nothing to the eye
-
 def embed(
     encoder: TextEncoder,  # as loaded
     texts: list[str],  # not empty
     batch_size: int = 32,  # texts per forward pass
     special_tokens: bool = True,  # whether the mean counts [CLS], [SEP] and the like
     progress: bool = True,  # show a bar
-) -> tuple[dict[str, torch.Tensor], int]:  # extraction -> (n, width) float32 on the CPU; texts cut at the model's length
-    "Document embeddings by every extraction the encoder has (§2.4); raises ValueError for an empty text, one of no token, and NaN."
-    seen = lambda text: isinstance(text, str) and any(unicodedata.category(c)[0] in "LNPS" and c not in _BLANK for c in text)
-    empty = [i for i, text in enumerate(texts) if not seen(text)]  # also of characters without width
+) -> tuple[dict[str, torch.Tensor], int]:  # extraction -> (n, width) float32 on the CPU; how many texts were cut
+    "Embeddings by every extraction the encoder has (§2.4); raises ValueError for NaN and for a text without a token."
+    empty = [i for i, text in enumerate(texts) if not _is_visible(text)]
     if empty:
         raise ValueError(
             f"text {empty[0]} is empty ({len(empty)} of {len(texts)} are); leave reports without an impression out"
         )
     lengths = _token_counts(encoder, texts)
-    order, device = np.argsort(-lengths, kind="stable"), encoder.model.device
-    how, found = dict(padding=True, truncation=True, return_special_tokens_mask=True, return_tensors="pt"), []
+    order, device, batches = np.argsort(-lengths, kind="stable"), encoder.model.device, []
+    padded = dict(padding=True, truncation=True, return_special_tokens_mask=True, return_tensors="pt")
     for start in tqdm(range(0, len(texts), batch_size), desc=encoder.source.name, disable=not progress):
         batch = [texts[i] for i in order[start : start + batch_size]]
-        tokens = encoder.tokenizer(batch, max_length=encoder.max_length, **how)
+        tokens = encoder.tokenizer(batch, max_length=encoder.max_length, **padded)
         tokens.pop("token_type_ids", None)
-        found.append(_extract(encoder, tokens.to(device), special_tokens))
+        batches.append(_extract(encoder, tokens.to(device), special_tokens))
     back, cut = torch.from_numpy(np.argsort(order)), int((lengths > encoder.max_length).sum())
-    embeddings = {name: torch.cat([f[name] for f in found])[back] for name in found[0]}
-    _check_finite(embeddings, encoder.source.name)
+    embeddings = {name: torch.cat([batch[name] for batch in batches])[back] for name in batches[0]}
+    _check_embeddings(embeddings, encoder.source.name)
     return embeddings, cut
 
 # %% ../nbs/24_text_encoder.ipynb #5aaa34c4
-def _block_scores(similarities, labels, own, k, tolerance):
-    "Scores of one block: (b, n) similarities with -inf for the report itself, (n,) labels, (b,) the block's own."
+def _block_scores(similarities, labels, block_labels, k, tolerance):
+    "Scores of one block: (b, n) similarities with -inf for the report itself, (n,) labels, (b,) labels of the block."
     values, nearest = similarities.topk(k + 1)
-    kth, match = values[:, k - 1], labels[nearest[:, :k]] == own[:, None]
+    kth, match = values[:, k - 1], labels[nearest[:, :k]] == block_labels[:, None]
     slack = tolerance * values[:, [0, k - 1]].abs().amax(1)
     scores = match.double().mean(1)
     tied_rows = (values[:, k] >= kth - slack).nonzero()[:, 0]
@@ -327,27 +269,26 @@ def _block_scores(similarities, labels, own, k, tolerance):
         above = (values[:, :k] > (kth + slack)[:, None])[tied_rows]
         hits, above = (above & match[tied_rows]).sum(1), above.sum(1)
         reach = similarities[tied_rows] >= (kth - slack)[tied_rows, None]
-        same = (reach & (labels == own[tied_rows, None])).sum(1) - hits
+        same = (reach & (labels == block_labels[tied_rows, None])).sum(1) - hits
         share = same / (reach.sum(1) - above).double()
         scores[tied_rows] = (hits + (k - above) * share) / k
     return scores
 
 # %% ../nbs/24_text_encoder.ipynb #46eadb90
 def _check_retrieval(labels, k):
+    "Labels as codes; raises ValueError for a k, label or class that cannot be scored."
     labels = pd.Series(labels).reset_index(drop=True)
-    n = len(labels)
+    n, counts = len(labels), labels.value_counts()
     if labels.isna().any(): raise ValueError(f"CheXpert@{k}: report {labels.isna().idxmax()} has no label")
     if not 1 <= k < n:
         raise ValueError(
             f"CheXpert@{k}: k must lie between 1 and {n - 1}, for there are {n} reports and none retrieves itself"
         )
-    counts = labels.value_counts()
-    if counts.min() == 1:
-        raise ValueError(
-            f"CheXpert@{k}: class '{counts.idxmin()}' has a single report, which has no other of its class to find; leave it out"
-        )
-    return torch.from_numpy(pd.factorize(labels)[0])
+    if counts.min() > 1: return torch.from_numpy(pd.factorize(labels)[0])
+    single = f"class '{counts.idxmin()}' has a single report"
+    raise ValueError(f"CheXpert@{k}: {single}, which has no other of its class; leave it out")
 
+# %% ../nbs/24_text_encoder.ipynb #010e7d2c
 def retrieval_scores(
     rows: Callable[[int, int], torch.Tensor],  # (start, stop) -> (stop - start, n) similarities, a tensor of its own
     labels: list,  # (n,) one class per report
@@ -356,7 +297,7 @@ def retrieval_scores(
     block_elements: int = 2**26,  # similarities held at a time
     progress: bool = False,  # show a bar
 ) -> np.ndarray:  # (n,) scores, 0 to 100
-    "Per-report CheXpert@k from any similarity (§2.4); raises ValueError for a k, label or class that cannot be scored."
+    "CheXpert@k of each report from any similarity (§2.4); raises ValueError for what cannot be scored."
     codes = _check_retrieval(labels, k)
     n, scores = len(codes), []
     block = max(1, block_elements // n)
@@ -377,12 +318,14 @@ def dot_product(
     if len(bad): raise ValueError(f"embedding {bad[0].item()} is not finite ({len(bad)} of {len(embeddings)} are not)")
     return lambda start, stop: embeddings[start:stop] @ embeddings.T
 
+# %% ../nbs/24_text_encoder.ipynb #f5987bbf
 def cosine(
     embeddings: torch.Tensor,  # (n, width)
 ) -> Callable[[int, int], torch.Tensor]:
     "Rows of cosine similarity: the dot product of embeddings of length one."
     return dot_product(torch.nn.functional.normalize(torch.as_tensor(embeddings, dtype=torch.float32), dim=1))
 
+# %% ../nbs/24_text_encoder.ipynb #31ad84a3
 SIMILARITIES = {"dot_product": dot_product, "cosine": cosine}
 
 # %% ../nbs/24_text_encoder.ipynb #8438f034
@@ -416,13 +359,14 @@ def chance(
 def bags_of_words(
     texts: list[str],  # not empty
 ) -> list[np.ndarray]:  # per text the sorted numbers of its words
-    "The set of words of each text, lower-cased, as numbers into their joint vocabulary; raises ValueError for a text without a word."
-    found = [sorted(set(re.findall(r"[a-z0-9]+", text.lower()))) for text in texts]
-    empty = [i for i, words in enumerate(found) if not words]
+    "The words of each text, lower-cased, as numbers into a joint vocabulary; raises ValueError for a text without one."
+    bags = [sorted(set(re.findall(r"[a-z0-9]+", text.lower()))) for text in texts]
+    empty = [i for i, words in enumerate(bags) if not words]
     if empty: raise ValueError(f"text {empty[0]} holds no word ({len(empty)} of {len(texts)} do not)")
-    number = {word: i for i, word in enumerate(sorted(set().union(*found)))}
-    return [np.array([number[w] for w in words]) for words in found]
+    number = {word: i for i, word in enumerate(sorted(set().union(*bags)))}
+    return [np.array([number[word] for word in words]) for words in bags]
 
+# %% ../nbs/24_text_encoder.ipynb #71951731
 def intersection_over_union(
     bags: list[np.ndarray],  # numbers of the words of each text
 ) -> Callable[[int, int], torch.Tensor]:
@@ -441,7 +385,7 @@ def fit_tfidf_svd(
     components: int = 100,  # width of the embedding
     seed: int = 0,  # of the randomised decomposition
 ):  # a scikit-learn pipeline: .transform(texts) -> (n, components), rows of length one
-    "Fit latent semantic analysis: TF-IDF of words and word pairs, truncated SVD; raises ValueError for fewer texts than components."
+    "Fit latent semantic analysis (TF-IDF, truncated SVD); raises ValueError for no more texts than components."
     from sklearn.decomposition import TruncatedSVD
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.pipeline import make_pipeline
@@ -461,6 +405,7 @@ def embeddings_frame(
     rows = [ids.assign(extraction=n, embedding=list(np.asarray(e, dtype=np.float32))) for n, e in embeddings.items()]
     return pd.concat(rows, ignore_index=True)
 
+# %% ../nbs/24_text_encoder.ipynb #88d3a712
 def read_of_reports(
     path: Path,  # a measure with source and study_id, of one evaluation set or several
     reports: pd.DataFrame,  # one set's rows, with source and study_id
@@ -472,6 +417,7 @@ def read_of_reports(
         raise ValueError(f"{path}: made from other reports; run 24_text_encoder again")
     return rows
 
+# %% ../nbs/24_text_encoder.ipynb #97829c21
 def read_embeddings(
     path: Path,  # a parquet file of rows of `embeddings_frame`
     reports: pd.DataFrame,  # one set's rows, with source and study_id

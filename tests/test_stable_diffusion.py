@@ -57,8 +57,8 @@ def test_images_are_those_of_the_loop_written_out(folder):
     kept = (1 - betas).cumprod(0).float()
     z, times = noise([8]), [751, 501, 251, 1]
     for t, before in zip(times, [*times[1:], -1]):
-        free, told = pipeline.unet(torch.cat([z, z]), t, encoder_hidden_states=states).sample.chunk(2)
-        error = free + scale * (told - free)
+        free, conditioned = pipeline.unet(torch.cat([z, z]), t, encoder_hidden_states=states).sample.chunk(2)
+        error = free + scale * (conditioned - free)
         clean = (z - (1 - kept[t]).sqrt() * error) / kept[t].sqrt()
         last = kept[max(before, 0)]
         z = last.sqrt() * clean + (1 - last).sqrt() * error

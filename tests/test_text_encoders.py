@@ -21,7 +21,7 @@ def made(tmp_path_factory):
     return {name: (base / name, make(base / name)) for name, make in checkpoints.MAKERS.items()}
 
 
-def load(made, name): return load_text_encoder(encoder_source(f"{name}={made[name][0]}"))
+def load(made, name): return load_text_encoder(encoder_source(name, str(made[name][0])))
 
 
 def bert_ids(vocabulary, text, lower):
@@ -34,16 +34,16 @@ def test_bert_embeds_as_the_model_it_was_saved_from(made, name):
     model, head = made[name][1] if name == "CXR-BERT-specialized" else (made[name][1], None)
     encoder = load(made, name)
     assert encoder.max_length == 512
-    found, cut = embed(encoder, TEXTS, progress=False)
+    embeddings, cut = embed(encoder, TEXTS, progress=False)
     assert cut == 0
     vocabulary = (made[name][0] / "vocab.txt").read_text().splitlines()
     for i, text in enumerate(TEXTS):
         out = model(bert_ids(vocabulary, text, name in LOWER))
         hidden = out.last_hidden_state[0].detach()
-        torch.testing.assert_close(found["cls_hidden_state"][i], hidden[0], atol=2e-5, rtol=1e-4)
-        torch.testing.assert_close(found["mean_hidden_states"][i], hidden.mean(0), atol=2e-5, rtol=1e-4)
-        if out.pooler_output is not None: torch.testing.assert_close(found["pooler_output"][i], out.pooler_output[0].detach(), atol=2e-5, rtol=1e-4)
-        if head: torch.testing.assert_close(found["model_specific"][i], by_hand(head, hidden[0]), atol=2e-5, rtol=1e-4)
+        torch.testing.assert_close(embeddings["cls_hidden_state"][i], hidden[0], atol=2e-5, rtol=1e-4)
+        torch.testing.assert_close(embeddings["mean_hidden_states"][i], hidden.mean(0), atol=2e-5, rtol=1e-4)
+        if out.pooler_output is not None: torch.testing.assert_close(embeddings["pooler_output"][i], out.pooler_output[0].detach(), atol=2e-5, rtol=1e-4)
+        if head: torch.testing.assert_close(embeddings["model_specific"][i], by_hand(head, hidden[0]), atol=2e-5, rtol=1e-4)
 
 
 def by_hand(head, x):
@@ -56,11 +56,11 @@ def by_hand(head, x):
 
 
 def test_extractions_are_those_of_table_2(made):
-    found = {name: set(embed(load(made, name), TEXTS, progress=False)[0]) for name in ENCODERS}
+    extractions = {name: set(embed(load(made, name), TEXTS, progress=False)[0]) for name in ENCODERS}
     basic = {"cls_hidden_state", "mean_hidden_states"}
-    assert all(found[name] == basic | {"pooler_output"} for name in ("PubMedBERT", "ClinicalBERT", "SapBERT", "RadBERT", "CLIP"))
-    assert found["CXR-BERT-specialized"] == basic | {"model_specific"}
-    assert found["CXR-BERT-general"] == basic, "random weights are no pooler"
+    assert all(extractions[name] == basic | {"pooler_output"} for name in ("PubMedBERT", "ClinicalBERT", "SapBERT", "RadBERT", "CLIP"))
+    assert extractions["CXR-BERT-specialized"] == basic | {"model_specific"}
+    assert extractions["CXR-BERT-general"] == basic, "random weights are no pooler"
 
 
 def test_casing_is_as_stated(made):
@@ -73,11 +73,11 @@ def test_clip_embeds_as_the_model_it_was_saved_from(made):
     vocabulary = json.loads((made["CLIP"][0] / "tokenizer/vocab.json").read_text())
     ids = encoder.tokenizer("no effusion")["input_ids"]
     assert ids == [49406, vocabulary["no</w>"], *ids[2:-1], 49407]
-    found, _ = embed(encoder, TEXTS, progress=False)
+    embeddings, _ = embed(encoder, TEXTS, progress=False)
     for i, text in enumerate(TEXTS):
         hidden = model(torch.tensor([encoder.tokenizer(text)["input_ids"]])).last_hidden_state[0].detach()
         for name, expected in {"cls_hidden_state": hidden[0], "mean_hidden_states": hidden.mean(0), "pooler_output": hidden[-1]}.items():
-            torch.testing.assert_close(found[name][i], expected, atol=2e-5, rtol=1e-4)
+            torch.testing.assert_close(embeddings[name][i], expected, atol=2e-5, rtol=1e-4)
 
 
 def test_clip_cls_hidden_state_is_the_same_for_every_report(made):
@@ -88,9 +88,9 @@ def test_clip_cls_hidden_state_is_the_same_for_every_report(made):
 def test_texts_over_the_limit_are_cut_and_counted(made):
     encoder = load(made, "CLIP")
     long = "no edema . " * 100
-    found, cut = embed(encoder, [long, long + "small effusion", "no edema"], progress=False)
+    embeddings, cut = embed(encoder, [long, long + "small effusion", "no edema"], progress=False)
     assert cut == 2
-    torch.testing.assert_close(found["mean_hidden_states"][0], found["mean_hidden_states"][1], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(embeddings["mean_hidden_states"][0], embeddings["mean_hidden_states"][1], atol=1e-5, rtol=1e-5)
 
 
 def test_safetensors_are_read_too(made, tmp_path):
@@ -124,17 +124,33 @@ def test_wrong_files_are_named(made, tmp_path_factory):
     assert "lacks model.safetensors or pytorch_model.bin" in fails("RadBERT", lambda f: (f / "pytorch_model.bin").unlink())
     assert "lacks text_encoder/config.json" in fails("CLIP", lambda f: (f / "text_encoder/config.json").unlink())
     assert "lacks tokenizer/vocab.json and tokenizer/merges.txt" in fails("CLIP", lambda f: (f / "tokenizer/merges.txt").unlink())
-    assert "its tokenizer knows 5 tokens, its model 28996" in fails("RadBERT", lambda f: (f / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"])))
+    assert "its tokenizer knows 5 tokens, not 28,869 to 28,996" in fails("RadBERT", lambda f: (f / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"])))
     assert "encoder.layer.1" in fails("SapBERT", lambda f: without(f, "layer.1."))
     assert "Missing key(s)" in fails("CXR-BERT-specialized", lambda f: without(f, "layer.1."))
     assert "dense_to_output" in fails("CXR-BERT-specialized", lambda f: without(f, "dense_to_output"))
     assert "model_type 'gpt2'" in fails("SapBERT", lambda f: (f / "config.json").write_text('{"model_type": "gpt2"}'))
     for text in ("[]", "3", "null"): assert "config.json holds settings by name, not " in fails("SapBERT", lambda f: (f / "config.json").write_text(text))
     assert "config.json is not JSON" in fails("SapBERT", lambda f: (f / "config.json").write_text("{"))
-    assert "cannot be read" in fails("CLIP", lambda f: (f / "text_encoder/config.json").write_text("[]"))
+    assert "config.json holds settings by name, not list" in fails("CLIP", lambda f: (f / "text_encoder/config.json").write_text("[]"))
     assert "its tokenizer" in fails("SapBERT", lambda f: (f / "tokenizer_config.json").write_text("[]"))
     for name in ("RadBERT", "CXR-BERT-specialized"):
-        assert "cannot be read as plain tensors" in fails(name, lambda f: (f / "pytorch_model.bin").write_bytes(b"PK\x03\x04 half a file"))
+        assert "its model cannot be read" in fails(name, lambda f: (f / "pytorch_model.bin").write_bytes(b"PK\x03\x04 half a file"))
+
+
+@pytest.mark.parametrize("name, key", [("SapBERT", "encoder.layer.1.output.dense.bias"), ("CXR-BERT-specialized", "cls_projection_head.dense_to_output.bias"), ("CLIP", "text_model.final_layer_norm.bias")])
+def test_weights_that_are_no_numbers_are_named(made, tmp_path, name, key):
+    def spoil(folder):
+        path = next(folder.rglob("pytorch_model.bin"))
+        weights = torch.load(path, weights_only=True)
+        torch.save(weights | {next(k for k in weights if k.endswith(key)): torch.full_like(weights[key], torch.nan)}, path)
+    assert f"{key.split('.', 1)[1] if name != 'SapBERT' else key} has values that are not finite" in broken(made, tmp_path, name, spoil)
+
+
+def test_a_pooler_of_another_shape_is_named(made, tmp_path):
+    def cut(folder):
+        weights = torch.load(folder / "pytorch_model.bin", weights_only=True)
+        torch.save(weights | {"pooler.dense.bias": torch.zeros(3)}, folder / "pytorch_model.bin")
+    assert "pooler.dense.bias is [3] in its weights, and [16] by config.json" in broken(made, tmp_path, "SapBERT", cut)
 
 
 class Bomb:
@@ -145,7 +161,7 @@ class Bomb:
 def test_pickled_code_is_refused(made, tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     message = broken(made, tmp_path, name, lambda f: torch.save({"bert.x": Bomb()}, f / "pytorch_model.bin"))
-    assert "cannot be read as plain tensors" in message
+    assert "its model cannot be read" in message
     assert not (tmp_path / "exploded").exists()
 
 
@@ -154,7 +170,7 @@ def test_hub_id_without_network_says_what_to_do(tmp_path, copy_project, run_in):
     done = run_in(tmp_path, "python", "-c", code, HF_HOME=str(tmp_path / "cache"), PYTHONPATH="")
     last = done.stderr.strip().splitlines()[-1]
     assert "hf download StanfordAIMI/RadBERT --revision c8f97547ff6dd96debf4e50022d9679219e6987b --local-dir FOLDER" in last
-    assert "name the encoder 'RadBERT=FOLDER'" in last
+    assert "give FOLDER as the place of RadBERT" in last
 
 
 def test_hub_serves_what_is_needed_and_the_cache_serves_it_again(made, tmp_path, hub, run_in):
