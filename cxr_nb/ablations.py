@@ -18,6 +18,8 @@ import torch
 from scipy.stats import t
 from tqdm.auto import tqdm
 
+from .caches import cached
+from .checkpointing import checkpoints
 from .classification import effusion_scores
 from .datasets import CONCEPTS, few_shot_candidates, only_finding
 from .generation import bounded, jackknife
@@ -25,7 +27,8 @@ from .judges import features, probabilities
 from .metrics import frechet_distance, group_mean_intervals
 from .stable_diffusion import load_pipeline, sample
 from .text_encoder import retrieval_scores
-from .training import LOG, TrainingSettings, cached, check_record, checkpoints, made_key, settings_record
+from .trained_variants import check_record, made_key
+from .training import LOG, TrainingSettings, settings_record
 from .unet_finetuning import Variant, finetune, finetuning_record, open_finetuned, read_finetuned, save_finetuned
 from .unet_finetuning import training_samples
 

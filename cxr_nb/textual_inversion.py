@@ -22,12 +22,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from .caches import run_frozen
+from .checkpointing import tensors_hash
 from .core import device_name, peak_memory_mb, sha256, slugs, written_whole
+from .diffusion import diffusion_loss, noise_record, training_noise_scheduler
 from .images import load_radiograph, open_radiograph
 from .stable_diffusion import encode
 from .textual_projection import TEMPLATES
-from .training import TrainingSettings, diffusion_loss, made_key, noise_record, read_record, run_frozen
-from .training import settings_record, tensors_hash, train, training_noise_scheduler, write_record, written_folder
+from .trained_variants import made_key, read_record, write_record, written_folder
+from .training import TrainingSettings, settings_record, train
 
 # %% ../nbs/26_textual_inversion.ipynb #75bb1db5
 @dataclass(frozen=True)

@@ -26,10 +26,12 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
+from .caches import run_frozen
+from .checkpointing import checkpoints, tensors_hash
 from .core import device_name, peak_memory_mb, sha256, written_whole
 from .text_encoder import TextEncoder, provenance
-from .training import TrainingSettings, check_record, checkpoints, made_key, read_record, run_frozen, settings_record
-from .training import tensors_hash, train, write_record, written_folder
+from .trained_variants import check_record, made_key, read_record, write_record, written_folder
+from .training import TrainingSettings, settings_record, train
 
 # %% ../nbs/25_textual_projection.ipynb #ab3dae8a
 def read_captions(

@@ -17,13 +17,15 @@ from pathlib import Path
 import pandas as pd
 import torch
 
+from .caches import run_frozen
+from .checkpointing import checkpoints, tensors_hash
 from .core import device_name, peak_memory_mb, sha256, slug
 from .datasets import CONCEPTS, image_paths
+from .diffusion import WithPrior, diffusion_loss, noise_record, training_noise_scheduler
 from .stable_diffusion import encode, encoder_hidden_states, load_pipeline, write_images
 from .textual_inversion import training_images
-from .training import TrainingSettings, WithPrior, checkpoints, diffusion_loss, made_key, noise_record
-from .training import read_record, run_frozen, settings_record, tensors_hash, train, training_noise_scheduler
-from .training import write_record, written_folder
+from .trained_variants import made_key, read_record, write_record, written_folder
+from .training import TrainingSettings, settings_record, train
 
 # %% ../nbs/27_unet_finetuning.ipynb #ddec8357
 @dataclass(frozen=True)

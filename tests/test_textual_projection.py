@@ -18,7 +18,8 @@ from cxr_nb.textual_projection import (
     PROJECTION_FILE, TEMPLATES, VARIANTS, Variant, check_widths, clip_states, held_out_errors, hidden_states, in_domain_states,
     load_projection, projection, projection_loss, projection_scores, prompt_states, read_captions, save_projection, split_captions,
     steps_kept, texts_of, token_ids, train_projection, trained_projection)
-from cxr_nb.training import TrainingSettings, checkpoints, global_batch, tensors_hash
+from cxr_nb.checkpointing import checkpoints, tensors_hash
+from cxr_nb.training import TrainingSettings, global_batch
 
 TEXTS = ["a lung", "small effusion, no edema", "There is a left pneumothorax", "Small pleural effusion", "lung . lung", "acute large right"]
 TOKEN, DOCUMENT, NONE = Variant("token"), Variant("document"), Variant("none")

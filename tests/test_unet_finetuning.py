@@ -17,7 +17,9 @@ from cxr_nb import unet_finetuning
 from cxr_nb.core import sha256
 from cxr_nb.datasets import CONCEPTS
 from cxr_nb.stable_diffusion import encode, load_pipeline, sample
-from cxr_nb.training import TrainingSettings, checkpoints, denoising_losses, global_batch
+from cxr_nb.checkpointing import checkpoints
+from cxr_nb.diffusion import denoising_losses
+from cxr_nb.training import TrainingSettings, global_batch
 from cxr_nb.unet_finetuning import (
     LORA_FILE, VARIANTS, Variant, few_shot_images, finetune, finetuned, finetuning_record, open_finetuned, read_finetuned, training_samples)
 
@@ -265,7 +267,7 @@ def test_two_runs_in_one_folder_both_end(source, images, tmp_path, monkeypatch):
     save, ended = unet_finetuning.save_finetuned, []
     def later(*rest):
         monkeypatch.setattr(unet_finetuning, "save_finetuned", save)
-        monkeypatch.setattr("cxr_nb.training.os.getpid", lambda: 1)
+        monkeypatch.setattr("cxr_nb.trained_variants.os.getpid", lambda: 1)
         ended.append(finetuned(*given))
         monkeypatch.undo()
         return save(*rest)
