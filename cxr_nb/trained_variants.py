@@ -86,7 +86,7 @@ def read_record(
     if not Path(folder).is_dir(): return None
     try:
         record = json.loads((Path(folder) / name).read_text(encoding="utf-8"))
-        if record["made_of"] != made_of: return None
+        if record["made_of"] != json.loads(json.dumps(made_of)): return None  # tuples are lists in a file
         check_record(folder, record)
         return record
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -132,7 +132,6 @@ def trained_variant(
     Seconds are those of the training's steps alone; memory is the high-water
     mark of the process. Raises what `train` raises.
     """
-    made_of = json.loads(json.dumps(made_of))  # equal to one that was read from a file
     if record := read_record(folder, name, made_of): return record
     place = Path(work) / f"{Path(folder).name}-{made_key(made_of)}"
     if torch.cuda.is_available(): torch.cuda.reset_peak_memory_stats()
