@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'CONCEPTS', 'Concept', 'image_concepts', 'phrase', 'with_tokens', 'training_texts', 'read_variant',
-           'variant_name', 'initial_vectors', 'add_tokens', 'NewRows', 'set_vectors', 'token_ids', 'training_images',
+           'initial_vectors', 'add_tokens', 'NewRows', 'set_vectors', 'token_ids', 'training_images',
            'few_shot_latents', 'inversion_loss', 'invert', 'vectors_along', 'save_tokens', 'load_tokens',
            'inversion_record', 'inverted']
 
@@ -117,13 +117,6 @@ def read_variant(
             f"levels (some of {', '.join(COLUMNS)} joined by +)"
         )
     return kind, word, levels
-
-# %% ../nbs/26_textual_inversion.ipynb #45affe7f
-def variant_name(
-    variant: dict[str, str],  # as `read_variant` takes it
-) -> str:  # "object, lung", or "object, lung, procedure+abnormality"
-    "A variant's name in tables and folders."
-    return ", ".join(variant[key] for key in ("templates", "word", "levels") if key in variant)
 
 # %% ../nbs/26_textual_inversion.ipynb #6b95c456
 def initial_vectors(
