@@ -9,7 +9,6 @@ __all__ = ['COLUMNS', 'CONCEPTS', 'Concept', 'image_concepts', 'phrase', 'with_t
            'inversion_record', 'inverted']
 
 # %% ../nbs/26_textual_inversion.ipynb #18165e52
-import json
 import re
 import shutil
 from collections.abc import Sequence
@@ -22,13 +21,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from .core import device_name, peak_memory_mb
+from .caches import run_frozen
+from .checkpointing import tensors_hash
+from .diffusion import diffusion_loss, noise_record, training_noise_scheduler
 from .images import load_radiograph, open_radiograph
-from .places import sha256, slugs, written_whole
+from .places import slugs, written_whole
 from .stable_diffusion import encode
 from .textual_projection import TEMPLATES
-from .training import TrainingSettings, diffusion_loss, made_key, noise_record, read_record, run_frozen
-from .training import settings_record, tensors_hash, train, training_noise_scheduler, write_record, written_folder
+from .trained_variants import trained_variant
+from .training import TrainingSettings, settings_record, train
 
 # %% ../nbs/26_textual_inversion.ipynb #75bb1db5
 @dataclass(frozen=True)
@@ -39,7 +40,10 @@ class Concept:
     token: str
     words: str  # whose place it takes in a prompt
 
+# %% ../nbs/26_textual_inversion.ipynb #7dfcd7b6
 COLUMNS = {"procedure": "", "patient": "sex", "abnormality": "concept"}  # level -> column of the few-shot cohort
+
+# %% ../nbs/26_textual_inversion.ipynb #93345857
 CONCEPTS = [
     Concept("procedure", "", "<lung-xray>", "lung xray"),
     Concept("patient", "F", "<female-patient>", "female patient"),
@@ -69,7 +73,7 @@ def image_concepts(
 def phrase(
     concepts: dict[str, Concept],  # level -> concept, of one image
 ) -> str:
-    "An image in words, as the paper's prompts have it; levels that are not given are not mentioned."
+    "An image in words, as in the paper's prompts; levels that are not given are not mentioned."
     text = "lung xray"
     if "patient" in concepts: text += f" of a {concepts['patient'].words}"
     if "abnormality" in concepts:
@@ -77,17 +81,18 @@ def phrase(
         text += f" with {finding}" if finding == "no findings" else f" with a visible {finding}"
     return text
 
+# %% ../nbs/26_textual_inversion.ipynb #b07e20dc
 def with_tokens(
     text: str,  # a prompt
     concepts: Sequence[Concept],
 ) -> str:
     "Put tokens in the place of the words they stand for; raises ValueError for a text that has none of those words."
-    found = text
-    for c in concepts: found = re.sub(rf"\b{re.escape(c.words)}\b", c.token, found)
-    if found == text:
+    prompt = text
+    for c in concepts: prompt = re.sub(rf"\b{re.escape(c.words)}\b", c.token, prompt)
+    if prompt == text:
         words = ", ".join(repr(c.words) for c in concepts)
         raise ValueError(f"the prompt {text[:60]!r} has none of the words that new tokens stand for ({words})")
-    return found
+    return prompt
 
 # %% ../nbs/26_textual_inversion.ipynb #ebdf8d99
 def training_texts(
@@ -95,21 +100,21 @@ def training_texts(
     kind: str,  # a name of TEMPLATES
 ) -> list[list[str]]:  # n lists, a text per template
     "Every template filled with each image's tokens."
-    filled = [with_tokens(phrase(own), list(own.values())) for own in concepts]
+    filled = [with_tokens(phrase(of_image), list(of_image.values())) for of_image in concepts]
     return [[template.format(text) for template in TEMPLATES[kind]] for text in filled]
 
 # %% ../nbs/26_textual_inversion.ipynb #90c93b50
 def read_variant(
-    text: str,  # "object, lung", or "object, lung, procedure+abnormality"
+    variant: dict[str, str],  # templates, word, and levels, joined by +; "procedure" by default
 ) -> tuple[str, str, list[str]]:  # kind of templates, initialising word, levels
-    "What a variant's name says; raises ValueError for what is no variant."
-    found = re.fullmatch(r"\s*(\w+)\s*,\s*([^,\s]+)\s*(?:,\s*([\w+ ]+))?", text)
-    kind, word, levels = found.groups("procedure") if found else ("", "", "")
-    levels = [level.strip() for level in levels.split("+")]
-    if kind not in TEMPLATES or not set(levels) <= set(COLUMNS) or len(set(levels)) < len(levels):
+    "The parts of a variant; raises ValueError for a variant that lacks one or has another."
+    kind, word = variant.get("templates", ""), variant.get("word", "")
+    levels = variant.get("levels", "procedure").split("+")
+    unknown = variant.keys() - {"templates", "word", "levels"} or set(levels) - {*COLUMNS}
+    if unknown or kind not in TEMPLATES or not re.fullmatch(r"[^,\s]+", word) or len(set(levels)) < len(levels):
         raise ValueError(
-            f"variant {text!r}: takes 'templates, word' or 'templates, word, levels'; "
-            f"templates are {' or '.join(TEMPLATES)}, levels some of {', '.join(COLUMNS)} joined by +"
+            f"variant {variant}: takes templates ({' or '.join(TEMPLATES)}), word (one) and, if not procedure, "
+            f"levels (some of {', '.join(COLUMNS)} joined by +)"
         )
     return kind, word, levels
 
@@ -127,22 +132,28 @@ def initial_vectors(
         raise ValueError(f"initialising word {word!r}: is not one token but {len(ids)} ({parts}); take another")
     return pipeline.text_encoder.get_input_embeddings().weight[ids].detach().float().expand(n, -1).clone().cpu()
 
-def _names(token, vectors): return [token, *(f"{token}_{i}" for i in range(1, len(vectors)))]
+# %% ../nbs/26_textual_inversion.ipynb #018a4fd1
+def _token_names(token, vectors): return [token, *(f"{token}_{i}" for i in range(1, len(vectors)))]
 
+# %% ../nbs/26_textual_inversion.ipynb #c8e893c4
+def _check_token(pipeline, token, vectors):
+    "Raise ValueError for a token that is there already, or does not fit."
+    width, vocabulary = pipeline.text_encoder.config.hidden_size, pipeline.tokenizer.get_vocab()
+    if not re.fullmatch(r"<[a-z0-9-]+>", token):
+        raise ValueError(f"token {token!r}: takes the form <name>, of small letters, digits and hyphens")
+    if taken := [name for name in (*_token_names(token, vectors), f"{token}_1") if name in vocabulary]:
+        raise ValueError(f"token {token}: the tokenizer has {taken[0]} already; take another name")
+    if vectors.ndim != 2 or vectors.shape[1] != width:
+        shape = " × ".join(map(str, vectors.shape))
+        raise ValueError(f"token {token}: its vectors are {shape}; this text encoder takes n × {width}")
+
+# %% ../nbs/26_textual_inversion.ipynb #c59986ec
 def add_tokens(
     pipeline,  # a StableDiffusionPipeline; changed in place
     tokens: dict[str, torch.Tensor],  # token -> its vectors, (n, width)
 ) -> None:
     "Extend tokenizer and text encoder; raises ValueError for a token that is there already, or does not fit."
-    width, known = pipeline.text_encoder.config.hidden_size, pipeline.tokenizer.get_vocab()
-    for token, vectors in tokens.items():
-        if not re.fullmatch(r"<[a-z0-9-]+>", token):
-            raise ValueError(f"token {token!r}: takes the form <name>, of small letters, digits and hyphens")
-        if taken := [name for name in (*_names(token, vectors), f"{token}_1") if name in known]:
-            raise ValueError(f"token {token}: the tokenizer has {taken[0]} already; take another name")
-        if vectors.ndim != 2 or vectors.shape[1] != width:
-            shape = " × ".join(map(str, vectors.shape))
-            raise ValueError(f"token {token}: its vectors are {shape}; this text encoder takes n × {width}")
+    for token, vectors in tokens.items(): _check_token(pipeline, token, vectors)
     new = sum(len(vectors) for vectors in tokens.values())
     # without this diffusers' call would fit a normal distribution to the vocabulary, for rows it then overwrites
     pipeline.text_encoder.resize_token_embeddings(len(pipeline.tokenizer) + new, mean_resizing=False)
@@ -164,7 +175,7 @@ class NewRows(nn.Module):
         self.text_encoder = pipeline.text_encoder.requires_grad_(False)
         self.unet = pipeline.unet.requires_grad_(False)
         self.rows = nn.Parameter(torch.cat([vectors.float() for vectors in tokens.values()]))
-        names = [name for token, vectors in tokens.items() for name in _names(token, vectors)]
+        names = [name for token, vectors in tokens.items() for name in _token_names(token, vectors)]
         self.register_buffer("ids", torch.tensor(pipeline.tokenizer.convert_tokens_to_ids(names)))
         self.parts = {token: len(vectors) for token, vectors in tokens.items()}
         self.to(pipeline.device)
@@ -191,13 +202,14 @@ def set_vectors(
     "Write vectors of tokens into the text encoder's embedding."
     weight = pipeline.text_encoder.get_input_embeddings().weight
     for token, vectors in tokens.items():
-        weight[pipeline.tokenizer.convert_tokens_to_ids(_names(token, vectors))] = vectors.to(weight)
+        weight[pipeline.tokenizer.convert_tokens_to_ids(_token_names(token, vectors))] = vectors.to(weight)
 
+# %% ../nbs/26_textual_inversion.ipynb #1b5bd232
 def token_ids(
     pipeline,  # a StableDiffusionPipeline
     text: str,
 ) -> torch.Tensor:  # (tokens,) padded
-    "A text as the pipeline tokenizes it, all parts of a token included; raises ValueError for one that is too long."
+    "The tokens of a text, all parts of a new token included; raises ValueError for a text that is too long."
     tokenizer, most = pipeline.tokenizer, pipeline.text_encoder.config.max_position_embeddings
     words = pipeline.maybe_convert_prompt(text, tokenizer)
     ids = tokenizer(words, padding="max_length", max_length=most, verbose=False, return_tensors="pt").input_ids[0]
@@ -225,22 +237,23 @@ def few_shot_latents(
     made_of: dict,  # hashes of the VAE's weights, as JSON values; those of the images are added
     names: Sequence[str] = (),  # of the images, for messages: their ids or paths
 ) -> Sequence[dict]:  # n samples: mean and std of the latents, row
-    "Training images among latents, as distributions, from the cache where it has them; raises what `run_frozen` raises."
+    "Training images as distributions of latents, from the cache where it has them; raises what `run_frozen` raises."
     data = [{"image": torch.from_numpy(image), "row": i} for i, image in enumerate(images)]
     frozen = lambda batch: dict(zip(("mean", "std"), encode(vae, batch["image"]))) | {"row": batch["row"]}
     made_of = made_of | {"images": tensors_hash({"images": torch.from_numpy(images)})}
     return run_frozen(data, None, frozen, cache, made_of, names=names)[0]
 
-# %% ../nbs/26_textual_inversion.ipynb #b95a3e10
+# %% ../nbs/26_textual_inversion.ipynb #bcab45d2
 _TEMPLATE_STREAM = 3  # 1 and 2 are the noise's
 
+# %% ../nbs/26_textual_inversion.ipynb #b95a3e10
 def inversion_loss(
     model: NewRows,
     noise_scheduler,  # one of diffusers'
     texts: torch.Tensor,  # (images, templates, tokens) ids
     batch: dict,  # mean, std, row and seeds
 ) -> torch.Tensor:  # a scalar
-    "The diffusion loss of a batch, each sample told by one of its image's texts, drawn by the sample's seeds (§2.6)."
+    "The diffusion loss of a batch, each sample with one of its image's texts, drawn by the sample's seeds (§2.6)."
     streams = [[*row[:3], _TEMPLATE_STREAM] for row in batch["seeds"].tolist()]
     chosen = [int(np.random.default_rng(stream).integers(texts.shape[1])) for stream in streams]
     input_ids = texts[batch["row"].cpu(), chosen].to(model.rows.device)
@@ -258,15 +271,15 @@ def invert(
 ) -> tuple[pd.DataFrame, dict[str, torch.Tensor]]:  # the log of `train`; vectors by token
     """Learn the vectors of new tokens (§2.6, Gal et al. 2022), going on from a checkpoint; all else stays as it is.
 
-    Raises ValueError where `add_tokens` or `token_ids` do, for texts that lack a token, and for tokens that share a file
-    name; and what `training_noise_scheduler` and `train` raise.
+    Raises ValueError where `add_tokens` or `token_ids` do, for texts that lack a token, and for tokens that share a
+    file name; and what `training_noise_scheduler` and `train` raise.
     """
     slugs(list(tokens), "tokens")
-    if lost := [token for token in tokens if not any(token in text for own in texts for text in own)]:
+    if lost := [token for token in tokens if not any(token in text for of_image in texts for text in of_image)]:
         raise ValueError(f"token {lost[0]}: no training text has it")
     noise_scheduler, folder = training_noise_scheduler(pipeline.scheduler), Path(folder)
     model = NewRows(pipeline, tokens)
-    ids = torch.stack([torch.stack([token_ids(pipeline, text) for text in own]) for own in texts])
+    ids = torch.stack([torch.stack([token_ids(pipeline, text) for text in of_image]) for of_image in texts])
     def keep(step):
         with written_whole(folder / f"vectors_{step:08}.safetensors") as partial: save_file(model.vectors(), partial)
     loss = lambda batch: inversion_loss(model, noise_scheduler, ids, batch)
@@ -276,6 +289,7 @@ def invert(
     set_vectors(pipeline, model.vectors())
     return log, model.vectors()
 
+# %% ../nbs/26_textual_inversion.ipynb #37e23bfa
 def vectors_along(
     folder: Path,  # of a training
 ) -> dict[int, dict[str, torch.Tensor]]:  # steps done -> vectors by token
@@ -294,6 +308,7 @@ def save_tokens(
         with written_whole(path) as partial: save_file({token: tokens[token].contiguous()}, partial)
     return list(paths)
 
+# %% ../nbs/26_textual_inversion.ipynb #1e9a1ea1
 def load_tokens(
     pipeline,  # a StableDiffusionPipeline; changed in place
     folder: Path,  # as `save_tokens` left it
@@ -315,9 +330,8 @@ def inversion_record(
 ) -> dict:  # JSON values
     "What learnt tokens follow from."
     noise = noise_record(training_noise_scheduler(pipeline.scheduler))
-    how = {"settings": settings_record(settings), "kept_every": settings.sample_every}
-    # as JSON has it, so that it is equal to one that was read from a file
-    return json.loads(json.dumps({"given": given, **how, "texts": texts, "initial": tensors_hash(tokens), "noise": noise}))
+    record = {"given": given, "settings": settings_record(settings), "kept_every": settings.sample_every}
+    return record | {"texts": texts, "initial": tensors_hash(tokens), "noise": noise}
 
 # %% ../nbs/26_textual_inversion.ipynb #f58a2e0c
 def inverted(
@@ -329,24 +343,20 @@ def inverted(
     folder: Path,  # of the saved tokens
     work: Path,  # checkpoints lie in a folder below it
     given: dict,  # hashes of the model and the data, as JSON values
-) -> dict:  # what training.json holds; results: steps, seconds, device, peak_memory_mb, trained_parameters, …
-    """Learn tokens unless they are there, and save them; those that are damaged are learnt again, which is said.
-
-    Raises what `invert` raises.
-    """
+) -> dict:  # the record of `trained_variant`
+    "Learn tokens unless they are there, and save them; raises what `invert` raises."
+    def train(place):
+        log, learned = invert(pipeline, tokens, latents, texts, settings, place, given)
+        def write(partial):
+            (partial / "along").mkdir()
+            for path in place.glob("vectors_*.safetensors"): shutil.copy(path, partial / "along")
+            return save_tokens(partial, learned)
+        cosines = {token: float(torch.cosine_similarity(v, tokens[token]).mean()) for token, v in learned.items()}
+        results = {
+            "trained_parameters": sum(v.numel() for v in learned.values()),
+            "final_loss": round(float(log.loss.tail(50).mean()), 4),
+            "cosine_to_initial_word": {token: round(cosine, 3) for token, cosine in cosines.items()},
+        }
+        return log, results, write
     made_of = inversion_record(pipeline, tokens, texts, settings, given)
-    if about := read_record(folder, "training.json", made_of): return about
-    place = Path(work) / f"{Path(folder).name}-{made_key(made_of)}"
-    log, learned = invert(pipeline, tokens, latents, texts, settings, place, given)
-    moved = {token: round(float(torch.cosine_similarity(v, tokens[token]).mean()), 3) for token, v in learned.items()}
-    results = {
-        "steps": len(log), "seconds": round(float(log.seconds.sum()), 1), "device": device_name(),
-        "peak_memory_mb": peak_memory_mb(), "trained_parameters": sum(v.numel() for v in learned.values()),
-        "final_loss": round(float(log.loss.tail(50).mean()), 4), "cosine_to_initial_word": moved,
-    }
-    with written_folder(folder) as partial:
-        (partial / "along").mkdir()
-        for path in place.glob("vectors_*.safetensors"): shutil.copy(path, partial / "along")
-        log.to_csv(partial / "log.csv", index=False, lineterminator="\n")
-        digests = {path.name: sha256(path) for path in save_tokens(partial, learned)}
-        return write_record(partial, "training.json", {"made_of": made_of, "results": results, "sha256": digests})
+    return trained_variant(folder, work, made_of, train, keep_checkpoints=True)

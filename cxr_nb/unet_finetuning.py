@@ -4,36 +4,35 @@
 
 # %% auto #0
 __all__ = ['VARIANTS', 'ATTENTION', 'LORA_FILE', 'Variant', 'few_shot_images', 'training_samples', 'frozen_parts',
-           'frozen_record', 'thaw', 'finetuning_record', 'finetune', 'save_finetuned', 'read_finetuned',
-           'open_finetuned', 'finetuned']
+           'frozen_record', 'thaw', 'finetuning_record', 'finetune', 'write_finetuned', 'open_finetuned', 'finetuned']
 
 # %% ../nbs/27_unet_finetuning.ipynb #7eb79e61
-import json
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from shutil import copytree
 
 import pandas as pd
 import torch
 
-from .core import device_name, peak_memory_mb
+from .caches import run_frozen
+from .checkpointing import checkpoints, tensors_hash
 from .datasets import CONCEPTS, image_paths
-from .places import sha256, slug
+from .diffusion import WithPrior, diffusion_loss, noise_record, training_noise_scheduler
+from .places import slug
 from .stable_diffusion import encode, encoder_hidden_states, load_pipeline, write_images
 from .textual_inversion import training_images
-from .training import TrainingSettings, WithPrior, checkpoints, diffusion_loss, made_key, noise_record
-from .training import read_record, run_frozen, settings_record, tensors_hash, train, training_noise_scheduler
-from .training import write_record, written_folder
+from .trained_variants import trained_variant
+from .training import TrainingSettings, settings_record, train
 
 # %% ../nbs/27_unet_finetuning.ipynb #ddec8357
 @dataclass(frozen=True)
 class Variant:
-    "What a U-Net is fine-tuned on, and how (§2.7); raises ValueError for a value that makes no sense."
+    "What a U-Net is fine-tuned on, and in which way (§2.7); raises ValueError for a value that makes no sense."
     concepts: tuple[str, ...]  # names of CONCEPTS, whose few-shot images are the instances
     prior: str = ""  # the class images: "drawn" by the original model, or a concept's few-shot images; empty: none
     prior_weight: float = 1.0  # of the class images' loss
-    lora_rank: int = 0  # of an adapter that is trained in place of the U-Net's own weights; 0: none
+    lora_rank: int = 0  # of an adapter that is trained in place of the U-Net's weights; 0: none
 
     def __post_init__(self):
         unknown = [c for c in self.concepts if c not in CONCEPTS]
@@ -45,6 +44,7 @@ class Variant:
         if self.prior_weight <= 0: raise ValueError(f"variant: prior_weight is {self.prior_weight}; it is above 0")
         if self.lora_rank < 0: raise ValueError(f"variant: lora_rank is {self.lora_rank}; take 0 or more")
 
+# %% ../nbs/27_unet_finetuning.ipynb #7b1412c0
 VARIANTS = {  # name, for the first three as in Table 4
     "no findings": Variant(("no finding",)),
     "no findings and abnormality": Variant(tuple(CONCEPTS)),
@@ -79,49 +79,51 @@ def training_samples(
     prompts: dict[str, str],  # concept, and "class" -> prompt
 ) -> Sequence[dict]:  # image, prompt (its place among `prompts`), and with a prior class_image, class_prompt
     "A variant's samples; raises ValueError for a prior without class images."
-    def told(name, what):
-        at = torch.tensor(list(prompts).index(what))
+    def samples(name, prompt):
+        at = torch.tensor(list(prompts).index(prompt))
         return [{"image": image, "prompt": at} for image in images[name]]
-    instances = [one for concept in variant.concepts for one in told(concept, concept)]
+    instances = [one for concept in variant.concepts for one in samples(concept, concept)]
     if not variant.prior: return instances
     if not len(images.get(variant.prior, ())):
         raise ValueError(f"prior preservation: there are no class images '{variant.prior}'; set class_images above 0")
-    return WithPrior(instances, told(variant.prior, "class"))
+    return WithPrior(instances, samples(variant.prior, "class"))
 
 # %% ../nbs/27_unet_finetuning.ipynb #a00a0cf1
 def frozen_parts(
     pipeline,  # a StableDiffusionPipeline
     prompts: dict[str, str],
 ) -> Callable[[dict], dict[str, torch.Tensor]]:  # image, prompt -> mean, std, encoder_hidden_states; for `run_frozen`
-    "What of a training step does not depend on the U-Net; raises ValueError for a prompt that is too long."
+    "The part of a training step that does not depend on the U-Net; raises ValueError for a prompt that is too long."
     texts = list(prompts.values())
     def frozen(batch):
-        found = {}
+        inputs = {}
         for of in ("", "class_"):
             if f"{of}image" not in batch: continue
-            found[f"{of}mean"], found[f"{of}std"] = encode(pipeline.vae, batch[f"{of}image"])
+            inputs[f"{of}mean"], inputs[f"{of}std"] = encode(pipeline.vae, batch[f"{of}image"])
             states = [encoder_hidden_states(pipeline, texts[i]) for i in batch[f"{of}prompt"].tolist()]
-            found[f"{of}encoder_hidden_states"] = torch.cat(states)
-        return found
+            inputs[f"{of}encoder_hidden_states"] = torch.cat(states)
+        return inputs
     return frozen
 
+# %% ../nbs/27_unet_finetuning.ipynb #c8e116c4
 def frozen_record(
     pipeline,  # a StableDiffusionPipeline
     samples: Sequence[dict],
     prompts: dict[str, str],
 ) -> dict:  # JSON values
-    "What the frozen parts follow from: hashes of weights and samples, and the prompts with their tokens."
+    "What the frozen parts follow from."
     # by index: pairs go round for ever
-    shown = {f"{i} {key}": value for i in range(len(samples)) for key, value in samples[i].items()}
+    tensors = {f"{i} {key}": value for i in range(len(samples)) for key, value in samples[i].items()}
     return {
         "vae": tensors_hash(pipeline.vae.state_dict()), "scaling_factor": pipeline.vae.config.scaling_factor,
-        "text_encoder": tensors_hash(pipeline.text_encoder.state_dict()), "samples": tensors_hash(shown),
+        "text_encoder": tensors_hash(pipeline.text_encoder.state_dict()), "samples": tensors_hash(tensors),
         "prompts": {name: [text, pipeline.tokenizer(text, verbose=False).input_ids] for name, text in prompts.items()},
     }
 
-# %% ../nbs/27_unet_finetuning.ipynb #8f8d7b98
+# %% ../nbs/27_unet_finetuning.ipynb #d3889108
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]  # the projections of an attention layer, by diffusers' names
 
+# %% ../nbs/27_unet_finetuning.ipynb #8f8d7b98
 def thaw(
     unet,  # a UNet2DConditionModel whose weights are frozen
     lora_rank: int = 0,  # of an adapter of the attention layers; 0: all weights are trained
@@ -133,8 +135,8 @@ def thaw(
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             # an alpha of the rank, so that the product is added as it is
-            how = {"r": lora_rank, "lora_alpha": lora_rank, "init_lora_weights": "gaussian"}
-            unet.add_adapter(LoraConfig(target_modules=ATTENTION, **how))
+            rank = {"r": lora_rank, "lora_alpha": lora_rank}
+            unet.add_adapter(LoraConfig(target_modules=ATTENTION, init_lora_weights="gaussian", **rank))
     else: unet.requires_grad_(True)
     return sum(p.numel() for p in unet.parameters() if p.requires_grad)
 
@@ -146,12 +148,13 @@ def finetuning_record(
     prompts: dict[str, str],
 ) -> dict:  # JSON values
     "What a fine-tuned U-Net follows from, beside the settings of its training."
-    noise = noise_record(training_noise_scheduler(pipeline.scheduler))
-    unet = tensors_hash(pipeline.unet.state_dict())
-    frozen = frozen_record(pipeline, samples, prompts)
-    # as JSON has it, so that it is equal to one that was read from a file
-    return json.loads(json.dumps({"unet": unet, "variant": asdict(variant), "noise": noise, "frozen": frozen}))
+    return {
+        "unet": tensors_hash(pipeline.unet.state_dict()), "variant": asdict(variant),
+        "noise": noise_record(training_noise_scheduler(pipeline.scheduler)),
+        "frozen": frozen_record(pipeline, samples, prompts),
+    }
 
+# %% ../nbs/27_unet_finetuning.ipynb #030e85e1
 def finetune(
     pipeline,  # a StableDiffusionPipeline in single precision, its weights frozen; its U-Net is trained in place
     variant: Variant,
@@ -159,7 +162,7 @@ def finetune(
     prompts: dict[str, str],
     settings: TrainingSettings,
     folder: Path,  # of the checkpoints and the cache
-    cache: bool = True,  # keep what VAE and text encoder give; else they run in every step
+    cache: bool = True,  # keep latents and hidden states; else VAE and text encoder run in every step
     look: Callable[[int], None] | None = None,  # called with the steps done, every `sample_every` steps
 ) -> tuple[pd.DataFrame, int]:  # the log of `train`; numbers trained
     "Fine-tune the U-Net (§2.7), going on from a checkpoint; raises what `train` and `encoder_hidden_states` raise."
@@ -176,40 +179,24 @@ def finetune(
     pipeline.unet.requires_grad_(False)
     return log, trained
 
-# %% ../nbs/27_unet_finetuning.ipynb #bd90cc72
+# %% ../nbs/27_unet_finetuning.ipynb #bd60b76e
 LORA_FILE = "pytorch_lora_weights.safetensors"  # as diffusers names it
 
-def _save_weights(pipeline, folder):
-    if not getattr(pipeline.unet, "peft_config", None): return pipeline.save_pretrained(folder)
-    from diffusers.utils import convert_state_dict_to_diffusers
-    from peft import get_peft_model_state_dict
-    layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(pipeline.unet))
-    type(pipeline).save_lora_weights(folder, unet_lora_layers=layers)
-
-def save_finetuned(
+# %% ../nbs/27_unet_finetuning.ipynb #bd90cc72
+def write_finetuned(
     pipeline,  # with its U-Net, or an adapter in it, trained
-    folder: Path,  # what was there is replaced
-    about: dict,  # JSON values for training.json
-    log: pd.DataFrame,  # of `train`
-    samples: Path | None = None,  # a folder with images drawn along training
-) -> dict:  # what training.json holds: about, and the sha256 of weights and of other files
-    "Save a fine-tuned pipeline, or its adapter alone, whole."
-    with written_folder(folder) as partial:
-        _save_weights(pipeline, partial)
-        if samples and samples.is_dir(): shutil.copytree(samples, partial / "samples")
-        log.to_csv(partial / "log.csv", index=False, lineterminator="\n")
-        weights = sorted(path.relative_to(partial).as_posix() for path in partial.rglob("*.safetensors"))
-        digests = {name: sha256(partial / name) for name in weights}
-        return write_record(partial, "training.json", about | {"sha256": digests})
+    folder: Path,
+) -> list[Path]:  # the files of weights
+    "Write a fine-tuned pipeline, or its adapter alone, to a folder."
+    if getattr(pipeline.unet, "peft_config", None):
+        from diffusers.utils import convert_state_dict_to_diffusers
+        from peft import get_peft_model_state_dict
+        layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(pipeline.unet))
+        type(pipeline).save_lora_weights(folder, unet_lora_layers=layers)
+    else: pipeline.save_pretrained(folder)
+    return list(Path(folder).rglob("*.safetensors"))
 
 # %% ../nbs/27_unet_finetuning.ipynb #4621cd96
-def read_finetuned(
-    folder: Path,  # of a saved variant, there or not
-    made_of: dict,  # as in its training.json
-) -> dict | None:  # what training.json holds; None where the variant is to be trained
-    "Look whether a variant was trained; warns of one that is not what was saved."
-    return read_record(folder, "training.json", made_of)
-
 def open_finetuned(
     folder: Path,  # of a saved variant
     source: str,  # the original model, which an adapter is added to
@@ -220,11 +207,11 @@ def open_finetuned(
     "Open a fine-tuned pipeline; raises what `load_pipeline` raises."
     if not (Path(folder) / LORA_FILE).exists(): return load_pipeline(str(folder), device, scheduler, dtype)
     pipeline = load_pipeline(source, device, scheduler, dtype)
-    # what load_lora_weights does, which also looks for one of the text encoder and warns that there is none
+    # load_lora_weights does this too, but looks for a text encoder's adapter and warns that there is none
     pipeline.unet.load_lora_adapter(str(folder), prefix="unet", weight_name=LORA_FILE)
     return pipeline
 
-# %% ../nbs/27_unet_finetuning.ipynb #ca8ca208
+# %% ../nbs/27_unet_finetuning.ipynb #4445f460
 def _watched(folder, look, pipeline):
     "A function that writes what `look` draws after some steps; what it draws before the first is written at once."
     if look is None: return None
@@ -234,6 +221,7 @@ def _watched(folder, look, pipeline):
     if not checkpoints(folder): write(0)
     return write
 
+# %% ../nbs/27_unet_finetuning.ipynb #ca8ca208
 def finetuned(
     source: str,  # the original model
     variant: Variant,
@@ -243,24 +231,15 @@ def finetuned(
     folder: Path,  # of the saved variant
     work: Path,  # checkpoints lie in a folder below it until the variant is saved
     look: Callable | None = None,  # pipeline -> {name: (3, h, w) uint8}, images to keep along training
-) -> dict:  # what training.json holds; results: steps, seconds, device, peak_memory_mb, trained_parameters
-    """Train a variant unless it is there, and save it; one that is damaged is trained again, which is said.
-
-    Seconds are those of the training's steps alone; memory is the high-water
-    mark of the process. Raises what `finetune` and `training_samples` raise.
-    """
+) -> dict:  # the record of `trained_variant`
+    "Train a variant unless it is there, and save it; raises what `finetune` and `training_samples` raise."
     samples = training_samples(variant, images, prompts)
-    device = "cpu" if settings.device == "cpu" else "auto"
-    pipeline = load_pipeline(source, device, dtype=torch.float32)
-    made_of = {**finetuning_record(pipeline, variant, samples, prompts), "settings": settings_record(settings)}
-    if about := read_finetuned(folder, made_of): return about
-    place = Path(work) / f"{Path(folder).name}_{made_key(made_of)}"
-    if torch.cuda.is_available(): torch.cuda.reset_peak_memory_stats()
-    log, n = finetune(pipeline, variant, samples, prompts, settings, place, look=_watched(place, look, pipeline))
-    results = {
-        "steps": settings.steps, "seconds": round(float(log.seconds.sum()), 1), "device": device_name(),
-        "peak_memory_mb": peak_memory_mb(), "trained_parameters": n, "samples": len(samples),
-    }
-    about = save_finetuned(pipeline, folder, {"made_of": made_of, "results": results}, log, place / "samples")
-    shutil.rmtree(place, ignore_errors=True)  # another run of the same may have ended first
-    return about
+    pipeline = load_pipeline(source, "cpu" if settings.device == "cpu" else "auto", dtype=torch.float32)
+    def train(place):
+        log, n = finetune(pipeline, variant, samples, prompts, settings, place, look=_watched(place, look, pipeline))
+        def write(partial):
+            if (place / "samples").is_dir(): copytree(place / "samples", partial / "samples")
+            return write_finetuned(pipeline, partial)
+        return log, {"trained_parameters": n, "samples": len(samples)}, write
+    made_of = finetuning_record(pipeline, variant, samples, prompts) | {"settings": settings_record(settings)}
+    return trained_variant(folder, work, made_of, train)

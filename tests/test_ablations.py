@@ -62,12 +62,12 @@ def test_states_that_are_there_are_not_trained_again(folder, images, states, mon
 
 def test_interrupted_it_goes_on_from_its_checkpoint(folder, images, states, tmp_path, monkeypatch):
     given = str(folder), BOTH, images, PROMPTS, replace(HOW, checkpoint_every=2), [2, 4, 6], tmp_path / "s", tmp_path / "work"
-    calls, save = [], ablations.save_finetuned
-    def stop(pipeline, place, *rest):
+    calls, save = [], ablations.save_variant
+    def stop(place, *rest):
         calls.append(place.name)
         if len(calls) == 2: raise KeyboardInterrupt
-        return save(pipeline, place, *rest)
-    monkeypatch.setattr(ablations, "save_finetuned", stop)
+        return save(place, *rest)
+    monkeypatch.setattr(ablations, "save_variant", stop)
     with pytest.raises(KeyboardInterrupt): saved_along(*given)
     again = saved_along(*given)
     assert calls == ["step_000002", "step_000004", "step_000004", "step_000006"], "the first state is not made twice"

@@ -14,7 +14,9 @@ from cxr_nb.stable_diffusion import encode, encoder_hidden_states, load_pipeline
 from cxr_nb.textual_inversion import (
     CONCEPTS, NewRows, add_tokens, few_shot_latents, image_concepts, initial_vectors, inversion_loss, invert, inverted, load_tokens, save_tokens,
     set_vectors, token_ids, training_texts, vectors_along, with_tokens)
-from cxr_nb.training import TrainingSettings, checkpoints, denoising_losses
+from cxr_nb.checkpointing import checkpoints
+from cxr_nb.diffusion import denoising_losses
+from cxr_nb.training import TrainingSettings
 
 PARTS = "vae", "unet", "text_encoder"
 ROWS = pd.DataFrame({"image_id": list("abcd"), "concept": ["no finding", "pleural effusion"] * 2, "sex": list("FFMM")})

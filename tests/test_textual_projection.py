@@ -16,9 +16,10 @@ from cxr_nb.stable_diffusion import encoder_hidden_states, load_pipeline, sample
 from cxr_nb.text_encoder import load_text_encoder
 from cxr_nb.textual_projection import (
     PROJECTION_FILE, TEMPLATES, VARIANTS, Variant, check_widths, clip_states, held_out_errors, hidden_states, in_domain_states,
-    load_projection, projection, projection_loss, projection_scores, prompt_states, read_captions, save_projection, split_captions,
+    load_projection, projection, projection_loss, projection_scores, prompt_states, read_captions, split_captions,
     steps_kept, texts_of, token_ids, train_projection, trained_projection)
-from cxr_nb.training import TrainingSettings, checkpoints, global_batch, tensors_hash
+from cxr_nb.checkpointing import checkpoints, tensors_hash
+from cxr_nb.training import TrainingSettings, global_batch
 
 TEXTS = ["a lung", "small effusion, no edema", "There is a left pneumothorax", "Small pleural effusion", "lung . lung", "acute large right"]
 TOKEN, DOCUMENT, NONE = Variant("token"), Variant("document"), Variant("none")
@@ -192,7 +193,7 @@ def test_widths_may_differ(clip, wide, tmp_path):
     for variant in (TOKEN, DOCUMENT):
         _, model = train_projection(wide, clip, variant, TEXTS, HOW, tmp_path / variant.level)
         assert prompt_states(wide, clip, variant, model, "a lung").shape == (1, 1 if variant is DOCUMENT else 77, pipelines.WIDTH)
-        save_projection(tmp_path / "saved", model, wide, {}, pd.DataFrame())
+        trained_projection(wide, clip, variant, TEXTS, HOW, tmp_path / "saved", tmp_path / "work")
         assert load_projection(tmp_path / "saved", wide)[0].weight.shape == (16, 32)
 
 
@@ -207,12 +208,12 @@ def test_one_vector_is_the_same_cross_attention_as_many_times_it(folder, bert, c
 def test_the_unchanged_pipeline_draws_from_it(folder, bert, clip, variant):
     torch.manual_seed(0)
     pipeline, model = load_pipeline(str(folder)), None if variant is NONE else projection(16, 16)
-    told, untold = (prompt_states(bert, clip, variant, model, text) for text in ("Small effusion", ""))
+    prompt_embeds, negative_prompt_embeds = (prompt_states(bert, clip, variant, model, text) for text in ("Small effusion", ""))
     noise = torch.randn(1, pipelines.CHANNELS, pipelines.SIDE, pipelines.SIDE, generator=torch.Generator().manual_seed(5))
-    wanted = pipeline(prompt_embeds=told, negative_prompt_embeds=untold, num_inference_steps=3, latents=noise, output_type="np").images
-    drawn = sample(pipeline, told, [5, 6], steps=3, unconditional=untold)
+    wanted = pipeline(prompt_embeds=prompt_embeds, negative_prompt_embeds=negative_prompt_embeds, num_inference_steps=3, latents=noise, output_type="np").images
+    drawn = sample(pipeline, prompt_embeds, [5, 6], steps=3, unconditional=negative_prompt_embeds)
     assert (drawn[:1].permute(0, 2, 3, 1) - torch.from_numpy(wanted * 255).round()).abs().max() <= 1
-    alone = sample(pipeline, told, [6], steps=3, unconditional=untold)
+    alone = sample(pipeline, prompt_embeds, [6], steps=3, unconditional=negative_prompt_embeds)
     assert (drawn[1:].int() - alone.int()).abs().max() <= 1 and not torch.equal(drawn[0], drawn[1])
 
 
@@ -267,7 +268,7 @@ def test_bad_input_is_one_clear_line(bert, clip, wide, tmp_path):
         "tokens; CLIP reads 77: shorten it": lambda: train_projection(bert, clip, DOCUMENT, long, HOW, tmp_path / "a"),
         "tokens; CXR-BERT-specialized reads 77: shorten it": lambda: prompt_states(bert, clip, NONE, None, "small " * 80),
         "tokens; CXR-BERT-specialized reads 512: shorten it": lambda: prompt_states(bert, clip, DOCUMENT, projection(16, 16), "small " * 520),
-        "CXR-BERT-specialized reads 40 tokens, the U-Net is told 77": lambda: in_domain_states(few, clip, TOKEN, ["a"]),
+        "CXR-BERT-specialized reads 40 tokens, the U-Net takes 77": lambda: in_domain_states(few, clip, TOKEN, ["a"]),
         "no projection: there is nothing to train": lambda: train_projection(bert, clip, NONE, TEXTS, HOW, tmp_path / "a"),
         "captions: no file": lambda: read_captions(tmp_path / "none.txt"),
         "bytes.txt is neither UTF-8 text nor parquet": lambda: read_captions(tmp_path / "bytes.txt"),

@@ -15,9 +15,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from cxr_nb.training import (
-    LOG, TrainingSettings, cached, checkpoints, content_hash, denoising_losses, diffusion_loss, noise_record, records, run_frozen, tensors_hash, train,
-    training_noise_scheduler)
+from cxr_nb.caches import cached, records, run_frozen
+from cxr_nb.checkpointing import checkpoints, content_hash, tensors_hash
+from cxr_nb.diffusion import denoising_losses, diffusion_loss, noise_record, training_noise_scheduler
+from cxr_nb.training import LOG, TrainingSettings, train
 
 torch.set_num_threads(1)  # sums depend on it
 HOW = {"batch_size": 4, "learning_rate": 0.02, "schedule": "cosine", "warmup": 5, "accumulation": 2, "ema": 0.95, "seed": 3, "device": "cpu"}

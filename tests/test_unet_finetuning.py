@@ -13,13 +13,16 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
-from cxr_nb import unet_finetuning
+from cxr_nb import trained_variants, unet_finetuning
+from cxr_nb.checkpointing import checkpoints
 from cxr_nb.datasets import CONCEPTS
+from cxr_nb.diffusion import denoising_losses
 from cxr_nb.places import sha256
 from cxr_nb.stable_diffusion import encode, load_pipeline, sample
-from cxr_nb.training import TrainingSettings, checkpoints, denoising_losses, global_batch
+from cxr_nb.trained_variants import RECORD_FILE, read_record
+from cxr_nb.training import TrainingSettings, global_batch
 from cxr_nb.unet_finetuning import (
-    LORA_FILE, VARIANTS, Variant, few_shot_images, finetune, finetuned, finetuning_record, open_finetuned, read_finetuned, training_samples)
+    LORA_FILE, VARIANTS, Variant, few_shot_images, finetune, finetuned, finetuning_record, open_finetuned, training_samples)
 
 PIXELS = pipelines.SIDE * pipelines.FACTOR
 PROMPTS = {"no finding": "a lung", "pleural effusion": "a lung with water", "class": "lung"}
@@ -244,7 +247,7 @@ def test_a_damaged_variant_is_said_and_trained_again_alone(source, images, tmp_p
     def look(pipeline): return {"a lung": sample(pipeline, "a lung", [0], steps=2)[0]}
     def run(name): return finetuned(source, VARIANTS["no findings"], images, PROMPTS, settings, tmp_path / name, tmp_path / "work", look)
     about, other, done = run("m"), run("n"), steps_counted(monkeypatch, unet_finetuning)
-    assert read_finetuned(tmp_path / "m", about["made_of"]) == about == json.loads((tmp_path / "m/training.json").read_text())
+    assert read_record(tmp_path / "m", RECORD_FILE, about["made_of"]) == about == json.loads((tmp_path / "m/training.json").read_text())
     assert run("m") == about and done == []
     untouched = {path: path.stat().st_mtime_ns for path in (tmp_path / "n").rglob("*")}
     for name, spoil in [("unet/diffusion_pytorch_model.safetensors", flip), ("log.csv", Path.unlink), ("samples/000001/a_lung/0000.png", flip),
@@ -262,14 +265,14 @@ def test_a_damaged_variant_is_said_and_trained_again_alone(source, images, tmp_p
 def test_two_runs_in_one_folder_both_end(source, images, tmp_path, monkeypatch):
     "A second run of the same saves, and clears the checkpoints, while the first is about to save."
     given = source, VARIANTS["no findings"], images, PROMPTS, replace(HOW, steps=1), tmp_path / "m", tmp_path / "work"
-    save, ended = unet_finetuning.save_finetuned, []
+    save, ended = trained_variants.save_variant, []
     def later(*rest):
-        monkeypatch.setattr(unet_finetuning, "save_finetuned", save)
-        monkeypatch.setattr("cxr_nb.training.os.getpid", lambda: 1)
+        monkeypatch.setattr(trained_variants, "save_variant", save)
+        monkeypatch.setattr("cxr_nb.trained_variants.os.getpid", lambda: 1)
         ended.append(finetuned(*given))
         monkeypatch.undo()
         return save(*rest)
-    monkeypatch.setattr(unet_finetuning, "save_finetuned", later)
+    monkeypatch.setattr(trained_variants, "save_variant", later)
     assert finetuned(*given)["sha256"] == ended[0]["sha256"]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["m", "work"] and list((tmp_path / "work").iterdir()) == []
 
