@@ -68,7 +68,9 @@ VALUES = [  # as written, the parameter's type, what it is
     ("off", "str", "off"), ("on", "str", "on"), ("y", "str", "y"), ("true", "str", REFUSED), ("0.1", "str", REFUSED), ("10", "str", REFUSED),
     ('"0.1"', "str", "0.1"), ("'on'", "str", "on"), ('""', "str", ""), ("~", "str", REFUSED), ("null", "str", REFUSED), ("None", "int", REFUSED),
     ("=", "str", "="), ("[on, 1:30, x]", "list", ["on", "1:30", "x"]), ("[]", "list", []), ('["32", "64"]', "list", ["32", "64"]),
-    ("[32, 64]", "list", REFUSED), ("[a, ~]", "list", REFUSED), ("[[a]]", "list", REFUSED), ("lung", "list", REFUSED),
+    ("[32, 64]", "list[int]", [32, 64]), ("[1, 1e-4]", "list[float]", [1, 0.0001]), ("[32, x]", "list[int]", REFUSED),
+    ("{a: b, c: \"1\"}", "dict[str, str]", {"a": "b", "c": "1"}), ("{a: 1}", "dict[str, str]", REFUSED), ("a=b", "dict[str, str]", REFUSED),
+    ("bf16", "Precision", "bf16"), ("fp8", "Precision", REFUSED), ("[32, 64]", "list", REFUSED), ("[a, ~]", "list", REFUSED), ("[[a]]", "list", REFUSED), ("lung", "list", REFUSED),
 ]
 
 
@@ -82,7 +84,7 @@ def test_a_value_is_the_same_in_a_profile_and_on_the_command_line(text, kind, va
             assert (read, type(read)) == (value, type(value))
 
 
-@pytest.mark.parametrize("text", sorted({text for text, *_ in VALUES if text[0] not in "[\"'~" and text not in ("true", "null")}))
+@pytest.mark.parametrize("text", sorted({text for text, *_ in VALUES if text[0] not in "[{\"'~" and text not in ("true", "null")}))
 def test_words_and_numbers_are_what_papermill_takes_them_for(text):
     theirs, ours = _resolve_type(text), core.read_value(text)
     assert type(ours) is type(theirs) and (ours == theirs or math.isnan(ours) and math.isnan(theirs))
@@ -117,9 +119,9 @@ def test_sections_may_share_values(project, monkeypatch):
     assert core.load_profile("tiny")["99_small"] == {"k": 3, "rate": 1, "names": ["x", "y"]}
 
 
-@pytest.mark.parametrize("text", ["effusion: left", "lung #2", "#5", "@x", "*x", "{a", "a, b", "- a", "%", "don't", "[CLS"])
+@pytest.mark.parametrize("text", ["effusion: left", "lung #2", "#5", "@x", "*x", "a, b", "- a", "%", "don't", "[CLS", "{a"])
 def test_text_on_the_command_line_is_taken_whole_or_refused(text):
-    if text == "[CLS":
+    if text in ("[CLS", "{a"):
         with pytest.raises(ValueError): core.read_value(text)
     else: assert core.read_value(text) == text == _resolve_type(text)
 
