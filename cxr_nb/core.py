@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['PACKAGE', 'LONGEST_NAME', 'Schedule', 'Precision', 'Sampler', 'Inverted', 'LabelPolicy', 'GIT_WAIT', 'TABLE_COLUMNS',
            'repo_root', 'outputs_dir', 'slug', 'slugs', 'find_path', 'source_file', 'source_names', 'written_whole',
-           'suggestion', 'parameter_type', 'check_parameter', 'declared_parameters', 'plain_value', 'read_yaml',
-           'read_value', 'load_profile', 'resolve_parameters', 'notebook_named', 'seed_everything', 'torch_device',
-           'sha256', 'git_commit', 'git_would_track', 'places_beside', 'versions', 'device_name', 'peak_memory_mb',
-           'json_value', 'json_text', 'run_folder', 'Run', 'figure_style', 'published', 'with_interval', 'paper_view']
+           'suggestion', 'parameter_type', 'check_parameter', 'tagged_cells', 'declared_parameters', 'plain_value',
+           'read_yaml', 'read_value', 'load_profile', 'resolve_parameters', 'notebook_named', 'seed_everything',
+           'torch_device', 'sha256', 'git_commit', 'git_would_track', 'places_beside', 'versions', 'device_name',
+           'peak_memory_mb', 'json_value', 'json_text', 'run_folder', 'Run', 'figure_style', 'unlike_declared',
+           'published', 'with_interval', 'paper_view']
 
 # %% ../nbs/00_core.ipynb #dc2339fb
 import ast
@@ -31,6 +32,7 @@ from copy import deepcopy
 from dataclasses import fields, is_dataclass
 from datetime import date
 from difflib import get_close_matches
+from fnmatch import fnmatchcase
 from functools import lru_cache
 from importlib import metadata, resources
 from io import BytesIO
@@ -227,16 +229,22 @@ def _stamp(path):
 @lru_cache(maxsize=256)
 def _cells(stamp): return json.loads(stamp[0].read_text(encoding="utf-8"))["cells"]
 
-def _parameters_cell(notebook):
-    "The source of a notebook's cell tagged `parameters`."
+def tagged_cells(
+    notebook: str,  # stem of a notebook in nbs/
+    tag: str,  # in the cell's metadata
+) -> list[str]:  # their sources
+    "A notebook's cells that bear a tag; raises FileNotFoundError for one that is not there, ValueError for one that is broken."
     path = source_file(f"{notebook}.ipynb")
     if not path.exists():
         near = suggestion(notebook, source_names("", ".ipynb"))
         raise FileNotFoundError(f"notebook {notebook}: no file nbs/{notebook}.ipynb{near}")
-    try:
-        tagged = ["".join(c["source"]) for c in _cells(_stamp(path)) if "parameters" in c["metadata"].get("tags", [])]
+    try: return ["".join(c["source"]) for c in _cells(_stamp(path)) if tag in c["metadata"].get("tags", [])]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"notebook {notebook}: nbs/{notebook}.ipynb is no whole notebook ({error!r}); restore it") from None
+
+def _parameters_cell(notebook):
+    "The source of a notebook's cell tagged `parameters`."
+    tagged = tagged_cells(notebook, "parameters")
     if len(tagged) != 1: raise ValueError(f"notebook {notebook}: {len(tagged)} cells tagged 'parameters', expected one")
     return tagged[0]
 
@@ -336,7 +344,8 @@ def _profile_file(name):
         raise FileNotFoundError(missing + suggestion(name, known))
     try: sections = deepcopy(_sections(_stamp(path)))
     except ValueError as error: raise ValueError(f"profile '{name}': {error}") from None
-    given = {key: value for key, value in sections.items() if key != "base"} if isinstance(sections, dict) else {0: 0}
+    sections = {} if sections is None else sections
+    given = {key: value for key, value in sections.items() if key not in ("base", "without")} if isinstance(sections, dict) else {0: 0}
     if not all(isinstance(section, dict) for section in given.values()):
         raise ValueError(f"profile '{name}': expected one section of parameters per notebook")
     return sections
@@ -344,22 +353,28 @@ def _profile_file(name):
 # %% ../nbs/00_core.ipynb #dfb1bf33
 def load_profile(
     name: str,  # file stem in nbs/profiles
-) -> dict[str, dict]:  # notebook -> parameters
+) -> dict[str, dict]:  # notebook -> parameters, of those with a cell tagged `files` and of those the profile names
     "Read a profile; raises FileNotFoundError or ValueError, naming what is there and what is wrong."
     return _with_base(name, ())
 
+def _defaults(notebook): return {name: value for name, (_, value) in declared_parameters(notebook).items() if name != "profile"}
+
 def _with_base(name, derived):
-    "A profile with what it takes from its base; `derived` are the profiles that are based on it."
+    "A profile over its base, or over the notebooks' defaults; `derived` are the profiles that are based on it."
     if name in derived: raise ValueError(f"profile '{name}': is based on itself by {' and '.join(derived)}")
     own = _profile_file(name)
-    base, shared = own.pop("base", None), own.pop("shared", {})
-    sections = _with_base(str(base), (*derived, name)) if base is not None else {}
-    declared = {notebook: declared_parameters(notebook) for notebook in {**sections, **own}}
-    for key in shared:
-        if not any(key in names for names in declared.values()):
-            raise ValueError(f"profile '{name}': shared: no notebook has a parameter '{key}'")
-    taken = {notebook: {k: v for k, v in shared.items() if k in names} for notebook, names in declared.items()}
-    return {notebook: sections.get(notebook, {}) | taken[notebook] | own.get(notebook, {}) for notebook in declared}
+    base, shared, without = own.pop("base", None), own.pop("shared", {}), own.pop("without", [])
+    report = [notebook for notebook in source_names("", ".ipynb") if tagged_cells(notebook, "files")]
+    sections = _with_base(str(base), (*derived, name)) if base is not None else {n: _defaults(n) for n in report}
+    sections |= {notebook: _defaults(notebook) for notebook in own if notebook not in sections}
+    _check_names(f"profile '{name}': without: no notebook", without, sections)
+    _check_names(f"profile '{name}': shared: no notebook has a parameter", shared, {key for s in sections.values() for key in s})
+    taken = {notebook: {k: v for k, v in shared.items() if k in section} for notebook, section in sections.items()}
+    return {n: section | taken[n] | own.get(n, {}) for n, section in sections.items() if n not in without}
+
+def _check_names(where, names, known):
+    for name in names:
+        if name not in known: raise ValueError(f"{where} '{name}'{suggestion(name, sorted(known))}")
 
 # %% ../nbs/00_core.ipynb #dc312112
 def resolve_parameters(
@@ -369,7 +384,7 @@ def resolve_parameters(
 ) -> dict:  # every parameter of the notebook
     """The parameters a notebook runs with, checked by name and type.
 
-    Raises KeyError for an unknown or missing parameter and TypeError for a
+    Raises KeyError for an unknown parameter and TypeError for a
     mistyped one, each naming the notebook and the key.
     """
     sections = load_profile(profile)
@@ -386,7 +401,6 @@ def resolve_parameters(
         known = ", ".join(declared) + suggestion(name, [*declared])
         raise KeyError(f"{where}: unknown parameter '{name}'; it takes {known}")
     for name, (type_name, _) in declared.items():
-        if name not in given: raise KeyError(f"{where}: missing parameter '{name}' ({type_name})")
         check_parameter(where, name, given[name], type_name)
     return {name: given[name] for name in declared}
 
@@ -635,6 +649,7 @@ class Run:
         self.profile_folder = outputs_dir(self.parameters["profile"])
         self.folder = run_folder(notebook, self.parameters)
         self.inputs, self.outputs = {}, {}
+        self.reads, self.writes = namespace.get("reads"), namespace.get("writes")  # of the cell tagged `files`
         self.refuse_tracked(places_beside(self.parameters))
         if "seed" in self.parameters: seed_everything(self.parameters["seed"])
 
@@ -656,23 +671,6 @@ def refuse_tracked(
             "somebody's own, which a data use agreement may protect, do not belong into a commit; use a profile whose "
             "results are ignored, such as public"
         )
-
-# %% ../nbs/00_core.ipynb #4d5064f0
-@patch
-def need(
-    self: Run,
-    name: str,  # path below outputs/<profile>, e.g. "cohorts/text_reports.csv"
-    made_by: str,  # stem of the notebook that writes it
-) -> Path:
-    "Path of a file of this profile that must be there; it is hashed into the record."
-    path = self.profile_folder / name
-    if not path.exists():
-        profile = self.parameters["profile"]
-        raise FileNotFoundError(
-            f"outputs/{profile}/{name} is missing; notebook {made_by} makes it: cxr_nb run {made_by} --profile {profile}"
-        )
-    self.inputs[name] = sha256(path)
-    return path
 
 # %% ../nbs/00_core.ipynb #b544632d
 @patch
@@ -819,6 +817,20 @@ def figure_style() -> None:
         rc={"figure.dpi": 72, "axes.titlelocation": "left", "image.interpolation": "nearest"},
     )
 
+# %% ../nbs/00_core.ipynb #81ac6f82
+def unlike_declared(
+    writes: Sequence[str],  # files below outputs/<profile>, or patterns of files that may be written
+    outputs: Sequence[str],  # files and folders that were
+) -> str:
+    "What is missing from a run's outputs or is not declared, in words; empty where neither is."
+    promised = [file for file in writes if not re.search(r"[*?[]", file)]
+    # a folder of images is declared by a file in it or beside it
+    stands = [str(PurePath(file).parent) for file in writes if file.startswith("images/")]
+    missing = [file for file in promised if not any(PurePath(file).is_relative_to(output) for output in outputs)]
+    more = [output for output in outputs if not any(fnmatchcase(output, file) or file.startswith(f"{output}/") for file in writes)]
+    more = [output for output in more if not any(PurePath(output).is_relative_to(folder) for folder in stands)]
+    return "; ".join([f"{file} was not written" for file in missing] + [f"{output} is not declared" for output in more])
+
 # %% ../nbs/00_core.ipynb #9078cbb2
 @patch
 def finish(
@@ -827,8 +839,11 @@ def finish(
 ) -> dict:
     """Write `records/<notebook>.json` and return it, and what the run took as `times/<notebook>.json`.
 
-    Raises TypeError, naming the key, for what is no JSON value.
+    Raises TypeError, naming the key, for what is no JSON value, and ValueError where
+    other files were written than the notebook declares.
     """
+    if self.writes is not None and (why := unlike_declared(self.writes, [*self.outputs])):
+        raise ValueError(f"notebook {self.notebook}: its cell tagged 'files' does not say what it writes: {why}")
     results = json_value(results, f"notebook {self.notebook}: results")
     record = {
         "notebook": self.notebook, "parameters": self.parameters, "results": results,

@@ -9,9 +9,10 @@ import pandas as pd
 import pytest
 from conftest import ROOT
 
-from cxr_nb import core, discussion
-from cxr_nb.discussion import REFERENCE, RESTS_ON, UNTESTABLE, VERDICTS, Estimate, blind_tables, decide, exact, expand, printed_cells
-from cxr_nb.discussion import printed_check, printed_figures, references, strategy, verdict, world_of
+from cxr_nb import core
+from cxr_nb.cells import EXTENDED, PROMPTS, generation_cells, method_cells, printed_cells, quality_cells, strategy
+from cxr_nb.discussion import RESTS_ON, UNTESTABLE, VERDICTS, blind_tables, printed_check, printed_figures, verdict, world_of
+from cxr_nb.rules import REFERENCE, Estimate, decide, exact, expand, references
 
 FOLDER = ROOT / "cxr_nb/published"
 CLAIMS = {row["id"]: row for row in csv.DictReader((FOLDER / "claims.csv").open(encoding="utf-8"))}
@@ -215,8 +216,8 @@ def test_rules_name_strategies_that_the_report_draws():
     printed = {row["method"] for row in raw("table_5")}
     for claim in RULED.values():
         for table, rows, column in references(claim["rule"]):
-            if table in discussion.EXTENDED.values():
-                assert set(rows.split(" / ")) <= drawn and column in discussion.PROMPTS.values()
+            if table in EXTENDED.values():
+                assert set(rows.split(" / ")) <= drawn and column in PROMPTS.values()
             if table in ("table_5", "domain_gap"): assert set(rows.split(" / ")) <= printed
             assert table in RESTS_ON
 
@@ -259,16 +260,16 @@ def test_measured_tables_come_under_the_names_of_rules():
     row = {"method": "unet", "variant": "no findings and abnormality, with prior", "prompt": "a_photo_of_a_lung_xray", "measured": 3.0, "ci_low": 2.0, "ci_high": 4.0, "n": 50}
     extended = pd.DataFrame([row | {"measure": "frechet", "extractor": "tower"}, row | {"measure": "frechet", "extractor": "judge", "measured": 9.0},
                              row | {"measure": "ms_ssim − real", "extractor": "pixels", "measured": 0.1}, row | {"measure": "kid", "extractor": "tower"}])
-    cells = discussion.generation_cells(extended, "tower")
+    cells = generation_cells(extended, "tower")
     assert cells["table_4", "U-Net, with prior", "plain"] == Estimate(3, 2, 4, 50)
     assert [key[0] for key in cells] == ["table_4", "ms_ssim_difference"]
     trainings = pd.DataFrame({"method": ["unet", None], "variant": ["no findings", None], "measured_hours": [0.5, None]})
     projections = pd.DataFrame([{"variant": "document-level projection", "texts": "captions", "measure": "R²", "value": 0.8, "ci_low": 0.7, "ci_high": 0.9, "n": 200}])
-    cells = discussion.method_cells(projections, trainings)
+    cells = method_cells(projections, trainings)
     assert cells["training_details", "U-Net, no findings", "hours"] == exact(0.5)
     assert decide(CLAIMS["3.4k"]["rule"].split("; ")[0], cells)[0] == "undecided"
     quality = pd.DataFrame([{"row": "rmse_xrv", "column": "mean", "measured": 20.48, "ci_low": 20.0, "ci_high": 21.0, "n": 7}])
-    assert discussion.quality_cells({"reconstruction": quality})["reconstruction", "psnr_of_mean_rmse", "mean"].value == pytest.approx(40)
+    assert quality_cells({"reconstruction": quality})["reconstruction", "psnr_of_mean_rmse", "mean"].value == pytest.approx(40)
 
 
 @pytest.mark.parametrize("rule, says", [

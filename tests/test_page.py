@@ -154,7 +154,7 @@ def test_what_is_missing_stops_the_page_with_the_notebooks_name(made_up):
         with pytest.raises(FileNotFoundError, match=f"{name} is missing; notebook {notebook} makes it"): made_up()
         kept.rename(folder / name)
     with (folder / "tables/table_2.csv").open("a") as file: file.write("CLIP,pooler,1,1,1,1,1,10,\n")
-    with pytest.raises(ValueError, match="tables/table_2.csv is not what records/33_text_encoder_results.json tells of"): made_up()
+    with pytest.raises(ValueError, match="tables/table_2.csv differs from records/33_text_encoder_results.json"): made_up()
 
 
 def test_what_the_profile_leaves_out_is_said(made_up):
@@ -207,7 +207,7 @@ def test_the_demos_pieces_have_words_of_their_own():
             for file in json.loads((DEMO / f"records/{name}.json").read_text())["outputs"]:
                 piece, _, kind = file.rpartition(".")
                 if (file.split("/")[0], kind) in page.SHOWN_KINDS:
-                    assert page.about_piece(piece, section["shown"])["order"][0] < len(section["shown"]), f"templates/report.yaml has no words for {file}"
+                    assert page.describe(piece, section["shown"])["order"][0] < len(section["shown"]), f"templates/report.yaml has no words for {file}"
 
 
 LOOK = """<link rel="icon" href="data:,"><iframe src="report.html" style="width: WIDTHpx; height: HEIGHTpx; border: 0"></iframe><script>
@@ -295,15 +295,15 @@ def check_tables_in_reach(found, width):
 def test_wide_tables_stay_in_reach(made_up, browse, size):
     html, _, folder = made_up()
     measured = "0.815 [0.726,\u00a00.894]"
-    view = {"caption": "Wide.", "file": "tables/table_2.csv", "miniature": False, "total": 2, "said": "", "notes": [], "folded": False}
+    view = {"caption": "Wide.", "file": "tables/table_2.csv", "miniature": False, "total": 2, "footer": "", "notes": [], "folded": False}
     view |= {"head": [f"column {i}" for i in range(12)], "corner": "", "beside": True, "cells": "numbers"}
     view["lines"] = [("a strategy with a long name", kind, [measured] * 12) for kind in ("published", "measured")]
     told = view | {"head": ["claim", "verdict", "published", "measured", "printed", "world", "reason", "elsewhere"], "cells": "words", "beside": False}
     sentence = "the interval of this difference is clear of zero in 2 of 2 comparisons"
     told["lines"] = [("1a", "", [sentence, "not seen in the miniature", sentence, f"U-Net, with prior: {measured} of 100", "holds", "miniature", sentence, sentence])]
-    section = {"id": "swide", "number": "9", "title": "Wide", "asked": "", "found": [], "missing": [], "notebooks": [], "linked": [], "verdicts": {}, "pieces": [view, told]}
+    section = {"id": "swide", "number": "9", "title": "Wide", "asked": "", "sentences": [], "missing": [], "notebooks": [], "linked": [], "verdicts": {}, "pieces": [view, told]}
     sources = {"rows": [], "minutes": None, "devices": [], "commits": [], "versions": {}}
-    html = page.written(profile="made", sections=[section], answer=[("Asked", "Which?")], provenance=sources, notebooks=[], marked=[], own=[], restricted=[])
+    html = page.rendered(profile="made", sections=[section], answer=[("Asked", "Which?")], provenance=sources, notebooks=[], marked=[], miniature=[], restricted=[])
     (folder / "report.html").write_text(html)
     found, console, _ = browse(folder, *size)
     assert console == []

@@ -246,7 +246,7 @@ def test_missing_input_names_notebook_and_command(tmp_path, monkeypatch):
     monkeypatch.setenv("CXR_NB_OUTPUTS", str(tmp_path))
     run = core.Run("33_text_encoder_results", {"profile": "demo", "__annotations__": {"profile": str}})
     with pytest.raises(FileNotFoundError, match="^outputs/demo/cohorts/x.csv is missing; notebook 21_datasets makes it: cxr_nb run 21_datasets --profile demo$"):
-        run.need("cohorts/x.csv", "21_datasets")
+        run.need("cohorts/x.csv")
 
 
 def test_a_profile_holds_only_what_differs_from_its_base(project, monkeypatch):
