@@ -19,7 +19,8 @@ from scipy.stats import t
 from tqdm.auto import tqdm
 
 from .classification import effusion_scores
-from .datasets import CONCEPTS, few_shot_candidates, only_finding
+from .cohorts import only_finding
+from .few_shot import CONCEPTS, few_shot_candidates
 from .generation import bounded, jackknife
 from .judges import features, probabilities
 from .metrics import frechet_distance, group_mean_intervals

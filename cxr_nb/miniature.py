@@ -27,8 +27,8 @@ from tqdm.auto import tqdm
 
 from .autoencoder import LABEL_TARGETS
 from .core import json_text, sha256, torch_device, versions, written_whole
-from .datasets import impression_section
 from .images import load_radiograph
+from .impressions import impression_section
 from .judges import build_classifier, save_classifier
 from .phantoms import write_phantoms
 from .pictures import COLOURS, draw_pictures

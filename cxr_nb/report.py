@@ -38,7 +38,7 @@ def image_sources(
 def _report_sources(parameters):
     "Data sets with reports: Open-i's are in the project, the two restricted ones have them apart from their images."
     both = [SOURCES[key] for key in ("chexpert", "mimic_cxr") if parameters[key] and parameters[f"{key}_reports"]]
-    own = [*parameters["folders"], *(line for line in parameters["text_sources"] if "=" in line)]
+    own = [*parameters["folders"], *(name for name, place in parameters["text_sources"].items() if place)]
     return ["Open-i", *both, *_names(own)]
 
 # %% ../nbs/07_report.ipynb #07c0de10
@@ -92,7 +92,7 @@ def _references(p):
     data, unet, drawn = p["21_datasets"], p["27_unet_finetuning"], _drawn(p)
     images, prompts = image_sources(data), p["22_stable_diffusion"]["prompts"] if "22_stable_diffusion" in drawn else []
     if data["few_shot_source"]: yield takes("21_datasets", "few_shot_source", "21_datasets", images)
-    named = [line for line in data["text_sources"] if "=" not in line]
+    named = [name for name, place in data["text_sources"].items() if not place]
     yield "21_datasets", "text_sources", named, "21_datasets (with reports)", _report_sources(data)
     if p["23_autoencoder"]["sources"]: yield takes("23_autoencoder", "sources", "21_datasets", images)
     if p["25_textual_projection"]["captions"] == "cohort":

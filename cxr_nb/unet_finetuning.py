@@ -17,8 +17,9 @@ from pathlib import Path
 import pandas as pd
 import torch
 
+from .cohort_images import image_paths
 from .core import device_name, peak_memory_mb, sha256, slug
-from .datasets import CONCEPTS, image_paths
+from .few_shot import CONCEPTS
 from .stable_diffusion import encode, encoder_hidden_states, load_pipeline, write_images
 from .textual_inversion import training_images
 from .training import TrainingSettings, WithPrior, checkpoints, diffusion_loss, made_key, noise_record

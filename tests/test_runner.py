@@ -274,7 +274,7 @@ def test_a_base_that_is_none_is_refused(project, monkeypatch, text, message):
 
 
 @pytest.mark.parametrize("changes, message", [
-    ({"21_datasets": {"folders": ["Mine=data/mine"], "few_shot_source": "Mine"}}, "23_autoencoder reads 'Phantoms' (sources), and 21_datasets names 'Mine'"),
+    ({"21_datasets": {"folders": {"Mine": "data/mine"}, "few_shot_source": "Mine"}}, "23_autoencoder reads 'Phantoms' (sources), and 21_datasets names 'Mine'"),
     ({"27_unet_finetuning": {"variants": ["no findings and abnormality"]}}, "10_introduction reads 'no findings and abnormality, with prior' (shown_variant), and 27_unet_finetuning names"),
     ({"28_classification": {"judges": ["x/judge_c"]}}, "35_classification_results reads 'cxr_nb/miniature/classifiers/judge_a' (judge), and 28_classification names 'x/judge_c'"),
     ({"28_classification": {"drawn_by": ["22_stable_diffusion", "29_nothing"]}}, "28_classification reads '29_nothing' (drawn_by), and the report (with images) names '22_stable_diffusion'"),
@@ -320,7 +320,7 @@ def unfitting(demo, monkeypatch):
     ({"25_textual_projection": {"drawn": ["no projection"]}}, "35_classification_results reads 'token-level projection' (compared), and 25_textual_projection names 'no projection'"),
     ({"40_discussion": {"stand_ins": ["CLIP = RadBERT"]}}, "40_discussion reads 'RadBERT' (stand_ins), and 24_text_encoder names 'Miniature CLIP'"),
     ({"40_discussion": {"stand_ins": ["BERT = Miniature CLIP"]}}, "40_discussion reads 'BERT' (stand_ins), and Table 2 (what 24_text_encoder lacks) names 'PubMedBERT'"),
-    ({"21_datasets": {"text_sources": ["MIMIC-CXR", "Open-i"]}}, "21_datasets reads 'MIMIC-CXR' (text_sources), and 21_datasets (with reports) names 'Open-i', 'Phantoms'"),
+    ({"21_datasets": {"text_sources": {"MIMIC-CXR": "", "Open-i": ""}}}, "21_datasets reads 'MIMIC-CXR' (text_sources), and 21_datasets (with reports) names 'Open-i', 'Phantoms'"),
 ])
 def test_what_no_notebook_makes_is_named(unfitting, changes, message):
     wrong = unfitting(changes)
@@ -339,7 +339,7 @@ def test_a_profile_that_lacks_a_section_is_told_which(unfitting, demo):
 def test_own_images_are_named_in_one_place(tmp_path, copy_project, monkeypatch):
     copy = copy_project(tmp_path)
     monkeypatch.chdir(copy)
-    shared = {"folders": ["Mine=data/mine"], "few_shot_source": "Mine", "sources": ["Mine"], "source": "Mine"}
+    shared = {"folders": {"Mine": "data/mine"}, "few_shot_source": "Mine", "sources": ["Mine"], "source": "Mine"}
     (copy / "nbs/profiles/mine.yaml").write_text(json.dumps({"base": "demo", "shared": shared}))
     assert report.unfitting("mine") == []
     assert core.resolve_parameters("28_classification", "mine")["source"] == "Mine"

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from cxr_nb import unet_finetuning
 from cxr_nb.core import sha256
-from cxr_nb.datasets import CONCEPTS
+from cxr_nb.few_shot import CONCEPTS
 from cxr_nb.stable_diffusion import encode, load_pipeline, sample
 from cxr_nb.training import TrainingSettings, checkpoints, denoising_losses, global_batch
 from cxr_nb.unet_finetuning import (
