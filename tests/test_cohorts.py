@@ -830,7 +830,7 @@ def mimic_of_dicom(folder, tables):
 @pytest.mark.parametrize("make, read, message", [
     (only_dicom, lambda root: read_folder(root, "Mine"), "looked for a CSV file in it; study0/IM0000 is a DICOM file, which is not read; convert it to 8-bit PNG"),
     (only_dicom, read_nih, "looked for PNG or JPEG images in it or up to three levels below; study0/IM0000 is a DICOM file, which is not read"),
-    (only_dicom, lambda root: openi_cohort(read_openi(), root), "study0/IM0000 is a DICOM file; the collection is to be had as PNG"),
+    (only_dicom, lambda root: openi_cohort(read_openi(), root), "study0/IM0000 is a DICOM file; the collection is also available as PNG"),
     (only_dicom, read_chexpert, "study0/IM0000 is a DICOM file, which is not read; convert"),
     (lambda folder: mimic_of_dicom(folder, False), read_mimic_cxr, r"files/p10/.*\.dcm is a DICOM file of MIMIC-CXR; MIMIC-CXR-JPG is that release converted"),
     (lambda folder: mimic_of_dicom(folder, True), read_mimic_cxr, r"files/p10/.*\.dcm is a DICOM file of MIMIC-CXR; MIMIC-CXR-JPG is that release converted"),
