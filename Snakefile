@@ -18,7 +18,7 @@ AT_ONCE = 1 if shutil.which("nvidia-smi") else 2
 try:
     if wrong := report.unfitting(PROFILE): raise ValueError("\n".join(wrong))
     GRAPH = graph.graph(PROFILE)
-    PARAMETERS = {name: core.resolve_parameters(name, PROFILE) for name in GRAPH.notebooks}
+    PARAMETERS = core.resolve_all(PROFILE)
 except (FileNotFoundError, KeyError, TypeError, ValueError) as error:
     raise WorkflowError(error.args[-1])
 

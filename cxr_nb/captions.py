@@ -80,7 +80,7 @@ def sample_captions(
     n: int = 1_000_000,  # captions (§2.1)
     seed: int = 0,  # of the choice
     batch_size: int = 65_536,  # rows held at a time
-) -> tuple[pd.DataFrame, dict[str, int]]:  # part, row (from 0), caption; and how many rows were read and left out, by reason
+) -> tuple[pd.DataFrame, dict[str, int]]:  # part, row (from 0), caption; and rows read and left out, by reason
     """Draw captions at random, each equally likely and none twice, in memory for 2n captions and one batch.
 
     Raises FileNotFoundError for a folder without parquet files and ValueError
@@ -94,7 +94,8 @@ def sample_captions(
     held, size, threshold, counts = [], 0, 1.0, dict.fromkeys(("rows", "null", "not UTF-8", "blank"), 0)
     for number, row, part, text, caption, null, broken in _numbered_rows(parts, seed, batch_size):
         blank = ~(caption | null | broken)
-        for reason, count in zip(counts, (len(row), null.sum(), broken.sum(), blank.sum())): counts[reason] += int(count)
+        for reason, count in zip(counts, (len(row), null.sum(), broken.sum(), blank.sum())):
+            counts[reason] += int(count)
         take = np.flatnonzero(caption & (number < threshold))
         held.append((number[take], row[take], np.full(len(take), part), text.take(take)))
         size += len(take)

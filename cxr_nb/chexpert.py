@@ -13,7 +13,8 @@ from pathlib import Path
 import pandas as pd
 
 from .cohorts import CHEXPERT_LABELS, as_cohort
-from .files import check_text, not_the_data_set, read_numbers, read_table, refuse_duplicates, refuse_escapes, refuse_rows
+from .files import check_text, not_the_data_set, read_numbers, read_table
+from .files import refuse_duplicates, refuse_escapes, refuse_rows
 
 # %% ../nbs/13_chexpert.ipynb #cd1416ea
 def _patient_folders(root, batches):
@@ -45,7 +46,8 @@ def _chexpert_folders(root):
 
 # %% ../nbs/13_chexpert.ipynb #e2ebef42
 _PATH = (
-    r"^[^/]+/(?P<split>train|valid)/(?P<patient>patient\d+)/(?P<study>study\d+)/(?P<view>view\d+_(?:frontal|lateral))\.\w+$"
+    r"^[^/]+/(?P<split>train|valid)/(?P<patient>patient\d+)/(?P<study>study\d+)"
+    r"/(?P<view>view\d+_(?:frontal|lateral))\.\w+$"
 )
 
 # %% ../nbs/13_chexpert.ipynb #27209580
@@ -61,7 +63,9 @@ def _read_chexpert_table(path, place):
         what = f", column '{column}': {{!r}} is none of {', '.join(known)}"
         refuse_rows(~table[column].isin(known), path, lambda row: what.format(table[column].iloc[row]))
     folders = place(ids.split, ids.patient)
-    refuse_rows(folders.isna(), path, lambda row: f": {ids.patient.iloc[row]} is in none of the batches; unpack all four")
+    refuse_rows(
+        folders.isna(), path, lambda row: f": {ids.patient.iloc[row]} is in none of the batches; unpack all four"
+    )
     study, tail = ids.patient + "_" + ids.study, ids.study + "/" + table.Path.str.rpartition("/")[2]
     return table[CHEXPERT_LABELS].assign(
         study_id=study, image_id=study + "_" + ids.view, patient_id=ids.patient, official_split=ids.split,
@@ -84,7 +88,8 @@ def read_chexpert(
     tables = [path for path in (folder / "train.csv", folder / "valid.csv") if path.is_file()]
     rows = pd.concat([_read_chexpert_table(path, place) for path in tables], ignore_index=True)
     both = rows.image_id[rows.image_id.duplicated()]
-    if len(both): raise ValueError(f"{folder}: train.csv and valid.csv both have {both.iloc[0]}; an image has one split")
+    if len(both):
+        raise ValueError(f"{folder}: train.csv and valid.csv both have {both.iloc[0]}; an image has one split")
     if reports is None: rows["report_path"] = ""
     elif not Path(reports).is_file(): raise FileNotFoundError(f"CheXpert's reports: {reports}: no such file")
     return as_cohort(rows, "CheXpert")

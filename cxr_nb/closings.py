@@ -104,7 +104,9 @@ def _is_notification(sentence):
     words = [re.sub(r"^\W+|(?:\(s\)|['’]s)?\W*$", "", word).lower() for word in sentence.split()]
     if _REACHING.isdisjoint(words): return False
     words = [part for word in words for part in ([word] if word in _REACHING else word.split("/")) if part]
-    reached = any(word in _REACHED or re.fullmatch(r"_{2,}|x{3,}|\d+:\d\d|[\d().-]*\d{3}-\d{4}", word) for word in words)
+    reached = any(
+        word in _REACHED or re.fullmatch(r"_{2,}|x{3,}|\d+:\d\d|[\d().-]*\d{3}-\d{4}", word) for word in words
+    )
     return reached and all(word in _LISTED or re.fullmatch(_NUMBER, word) for word in words)
 
 # %% ../nbs/13_closings.ipynb #0d7e756f
@@ -204,7 +206,9 @@ def without_closings(
     for sentence in (m[0] for m in _SENTENCE.finditer(_without_closing_lines(section))):
         text = re.sub(rf"^\s*{_ITEM}", "", sentence)
         if closing(text) or _is_signature(text): continue
-        ends = (m for m in _CLAUSE.finditer(text) if closing(text[m.end() :]) and not _OPEN_ENDED.search(text[: m.start()]))
+        ends = (
+            m for m in _CLAUSE.finditer(text) if closing(text[m.end() :]) and not _OPEN_ENDED.search(text[: m.start()])
+        )
         clause = next(ends, None)
         tail = text[clause.start() :] if clause else ""
         kept.append(sentence.removesuffix(tail) + ("." if tail.rstrip().endswith(".") else ""))

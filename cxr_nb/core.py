@@ -6,10 +6,10 @@
 __all__ = ['PACKAGE', 'LONGEST_NAME', 'Schedule', 'Precision', 'Sampler', 'Inverted', 'LabelPolicy', 'GIT_WAIT', 'TABLE_COLUMNS',
            'repo_root', 'outputs_dir', 'slug', 'slugs', 'find_path', 'source_file', 'source_names', 'written_whole',
            'suggestion', 'parameter_type', 'check_parameter', 'tagged_cells', 'declared_parameters', 'plain_value',
-           'read_yaml', 'read_value', 'load_profile', 'resolve_parameters', 'notebook_named', 'seed_everything',
-           'torch_device', 'sha256', 'git_commit', 'git_would_track', 'places_beside', 'versions', 'device_name',
-           'peak_memory_mb', 'json_value', 'json_text', 'run_folder', 'Run', 'figure_style', 'unlike_declared',
-           'published', 'with_interval', 'paper_view']
+           'read_yaml', 'read_value', 'load_profile', 'left_out_by', 'resolve_parameters', 'resolve_all',
+           'notebook_named', 'seed_everything', 'torch_device', 'sha256', 'git_commit', 'git_would_track',
+           'places_beside', 'versions', 'device_name', 'peak_memory_mb', 'json_value', 'json_text', 'run_folder', 'Run',
+           'figure_style', 'unlike_declared', 'published', 'with_interval', 'paper_view']
 
 # %% ../nbs/00_core.ipynb #dc2339fb
 import ast
@@ -355,22 +355,29 @@ def load_profile(
     name: str,  # file stem in nbs/profiles
 ) -> dict[str, dict]:  # notebook -> parameters, of those with a cell tagged `files` and of those the profile names
     "Read a profile; raises FileNotFoundError or ValueError, naming what is there and what is wrong."
-    return _with_base(name, ())
+    return _with_base(name, ())[0]
+
+def left_out_by(
+    profile: str,  # file stem in nbs/profiles
+) -> list[str]:  # notebooks
+    "What a profile leaves out of its report: the list `without`, its own or its base's."
+    return _with_base(profile, ())[1]
 
 def _defaults(notebook): return {name: value for name, (_, value) in declared_parameters(notebook).items() if name != "profile"}
 
 def _with_base(name, derived):
-    "A profile over its base, or over the notebooks' defaults; `derived` are the profiles that are based on it."
+    "A profile over its base, or over the notebooks' defaults, and what it leaves out; `derived` are the profiles that are based on it."
     if name in derived: raise ValueError(f"profile '{name}': is based on itself by {' and '.join(derived)}")
     own = _profile_file(name)
-    base, shared, without = own.pop("base", None), own.pop("shared", {}), own.pop("without", [])
+    base, shared = own.pop("base", None), own.pop("shared", {})
     report = [notebook for notebook in source_names("", ".ipynb") if tagged_cells(notebook, "files")]
-    sections = _with_base(str(base), (*derived, name)) if base is not None else {n: _defaults(n) for n in report}
+    sections, without = _with_base(str(base), (*derived, name)) if base is not None else ({n: _defaults(n) for n in report}, [])
+    without = own.pop("without", without)
     sections |= {notebook: _defaults(notebook) for notebook in own if notebook not in sections}
     _check_names(f"profile '{name}': without: no notebook", without, sections)
     _check_names(f"profile '{name}': shared: no notebook has a parameter", shared, {key for s in sections.values() for key in s})
     taken = {notebook: {k: v for k, v in shared.items() if k in section} for notebook, section in sections.items()}
-    return {n: section | taken[n] | own.get(n, {}) for n, section in sections.items() if n not in without}
+    return {n: section | taken[n] | own.get(n, {}) for n, section in sections.items()}, without
 
 def _check_names(where, names, known):
     for name in names:
@@ -387,7 +394,16 @@ def resolve_parameters(
     Raises KeyError for an unknown parameter and TypeError for a
     mistyped one, each naming the notebook and the key.
     """
+    return _resolved(load_profile(profile), notebook, profile, overrides)
+
+def resolve_all(
+    profile: str,  # name of a profile
+) -> dict[str, dict]:  # notebook -> parameters
+    "The parameters of all notebooks of a profile, each checked as `resolve_parameters` does."
     sections = load_profile(profile)
+    return {notebook: _resolved(sections, notebook, profile, None) for notebook in sections}
+
+def _resolved(sections, notebook, profile, overrides):
     where = f"profile '{profile}', notebook {notebook}"
     if notebook not in sections:
         known = ", ".join(sections) + suggestion(notebook, [*sections])

@@ -58,7 +58,9 @@ def few_shot_candidates(
     pool = cohort[is_frontal(cohort) & (cohort.split == "train")]
     order = np.argsort(hash_uniform(pool.source + "/" + pool.image_id, seed, "few-shot"), kind="stable")
     pool = pool.iloc[order].drop_duplicates(["source", "patient_id"])
-    candidates = [_checked(pool[only_finding(pool, label)], concept, roots, 2 * n) for concept, label in CONCEPTS.items()]
+    candidates = [
+        _checked(pool[only_finding(pool, label)], concept, roots, 2 * n) for concept, label in CONCEPTS.items()
+    ]
     for concept, rows in zip(CONCEPTS, candidates):
         if (rows.excluded == "").sum() < n: raise ValueError(_too_few(cohort, pool, rows, concept, n))
     rows = pd.concat(candidates, ignore_index=True)

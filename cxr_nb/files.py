@@ -126,7 +126,9 @@ def read_table(
     table[list(columns)] = table[list(columns)].apply(lambda column: column.str.strip())  # "p7 " is p7
     for name in columns:
         nul = table[name].str.contains("\0", regex=False)
-        refuse_rows(nul, path, lambda row: f", column '{name}': {table[name].iloc[row]!r} has a NUL character; take it out")
+        refuse_rows(
+            nul, path, lambda row: f", column '{name}': {table[name].iloc[row]!r} has a NUL character; take it out"
+        )
     return table.assign(**{label: _label_values(table[label], path) for label in labels})
 
 # %% ../nbs/11_files.ipynb #438f26e3
@@ -164,7 +166,9 @@ def read_numbers(column, path):
     given = column.str.strip() != ""
     values = pd.to_numeric(column.where(given), errors="coerce")
     wrong = given & ~values.between(0, 1e6)
-    refuse_rows(wrong, path, lambda row: f", column '{column.name}': {column.iloc[row]!r} is not a number of at least 0")
+    refuse_rows(
+        wrong, path, lambda row: f", column '{column.name}': {column.iloc[row]!r} is not a number of at least 0"
+    )
     return values
 
 # %% ../nbs/11_files.ipynb #31d3bb4e

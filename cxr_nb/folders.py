@@ -35,7 +35,7 @@ def folder_table(
 
 # %% ../nbs/14_folders.ipynb #e6121492
 def _folder_columns(path):
-    "The key of a table, its columns of text, and its columns of labels as {column: label}; raises ValueError for others."
+    "The key of a table, its columns of text, and those of labels as {column: label}; raises ValueError for other tables."
     header = column_names(path)
     key = "study_id" if "image" not in header and "report_path" in header else "image"
     needed = [key, "patient_id", "view"]
@@ -45,9 +45,8 @@ def _folder_columns(path):
     missing = [c for c in needed if c not in header] + ["finding_labels"] * (not labels and not lists)
     if missing:
         wanted = f"{', '.join(needed)} and finding_labels, or a column for each label, such as {CHEXPERT_LABELS[0]}"
-        raise ValueError(
-            f"{path}: {missing_column(missing[0], header)}; needed are {wanted}, spelt like this and separated by commas"
-        )
+        wanted += ", spelt like this and separated by commas"
+        raise ValueError(f"{path}: {missing_column(missing[0], header)}; needed are {wanted}")
     if labels and lists:
         raise ValueError(f"{path}: has finding_labels and column '{next(iter(labels))}'; keep one kind of labels")
     if len(set(labels.values())) < len(labels):
@@ -71,7 +70,9 @@ def _folder_images(rows, folder, path):
     beside, inside = ({p.name for p in place.glob("*")} for place in (folder, folder / "images"))
     first = rows.image.str.partition("/")[0]
     marked = rows.image.str.endswith(NEGATIVE)
-    refuse_rows(marked, path, lambda row: f": image {rows.image.iloc[row]!r} ends with {NEGATIVE}, a mark; rename the file")
+    refuse_rows(
+        marked, path, lambda row: f": image {rows.image.iloc[row]!r} ends with {NEGATIVE}, a mark; rename the file"
+    )
     rows["image_path"] = np.where(first.isin(inside - beside), "images/" + rows.image, rows.image)
     refuse_duplicates(rows[["image_path", "image"]], "image_path", path)
     _refuse_one_file_twice(rows.image_path, folder, path)

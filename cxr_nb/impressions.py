@@ -26,10 +26,10 @@ _IMPRESSION = {word: misspelt(word) for word in ("impression", "Impression", "IM
 _HEADING = re.compile(
     rf"""
     ^[ \t*]*(?i:(?:{misspelt("findings")}\s*(?:and|&|/)\s*|(?:final|preliminary|overall)\s+)?
-        (?:{_IMPRESSION["impression"]}s?|{misspelt("opinion")}|imp)(?:\s*(?:and|&|/)\s*\w+)?[ \t]*(?::|$))  # Impression:
-    | ^[ \t\#]*(?:{_IMPRESSION["IMPRESSION"]}S?(?=\s)|{_IMPRESSION["Impression"]}s?(?=[ \t]+[A-Z0-9_(]))  # no colon, text
-    | (?<=[.:;!?\s])(?:{_IMPRESSION["IMPRESSION"]}S?|OPINION|IMP)[ \t]*:                                        # in running text
-    | (?<=[.;!?]\s)(?:{_IMPRESSION["Impression"]}s?[ \t]*:|{_IMPRESSION["IMPRESSION"]}S?(?=\s))    # after a sentence
+        (?:{_IMPRESSION["impression"]}s?|{misspelt("opinion")}|imp)(?:\s*(?:and|&|/)\s*\w+)?[ \t]*(?::|$))
+    | ^[ \t\#]*(?:{_IMPRESSION["IMPRESSION"]}S?(?=\s)|{_IMPRESSION["Impression"]}s?(?=[ \t]+[A-Z0-9_(]))
+    | (?<=[.:;!?\s])(?:{_IMPRESSION["IMPRESSION"]}S?|OPINION|IMP)[ \t]*:
+    | (?<=[.;!?]\s)(?:{_IMPRESSION["Impression"]}s?[ \t]*:|{_IMPRESSION["IMPRESSION"]}S?(?=\s))
     """,
     re.X | re.M,
 )

@@ -98,7 +98,9 @@ def mimic_reports(
         if (folder / "files").is_dir():
             read = reports_below(folder / "files")
             return lambda path: read(path.removeprefix("files/"))
-    raise not_the_data_set("MIMIC-CXR's reports", place, "a whole zip file of reports, files/ or mimic-cxr-reports/files/")
+    raise not_the_data_set(
+        "MIMIC-CXR's reports", place, "a whole zip file of reports, files/ or mimic-cxr-reports/files/"
+    )
 
 # %% ../nbs/13_mimic_cxr.ipynb #1be29358
 def read_mimic_cxr(
@@ -125,7 +127,8 @@ def read_mimic_cxr(
     if reports is not None: mimic_reports(reports)
     places = folder + "/" + images.dicom_id + ".jpg"
     first = root / places.iloc[0]
-    if not first.is_file() and first.with_suffix(".dcm").is_file(): raise not_the_data_set("MIMIC-CXR", root, first.name)
+    if not first.is_file() and first.with_suffix(".dcm").is_file():
+        raise not_the_data_set("MIMIC-CXR", root, first.name)
     return as_cohort(labels[CHEXPERT_LABELS].iloc[at].reset_index(drop=True).assign(
         study_id=study, image_id=images.dicom_id, patient_id=patient, view=plain_views(images.ViewPosition),
         official_split=_official_split(root, images.dicom_id), image_path=places,

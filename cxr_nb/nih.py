@@ -80,7 +80,8 @@ def read_nih(
     image_ids = table["Image Index"].str.removesuffix(".png")
     rows = labels_from_names(table["Finding Labels"], NIH_FINDINGS, path, unlisted=0.0).assign(
         study_id=image_ids, image_id=image_ids, patient_id=table["Patient ID"], view=views, sex=table[sex],
-        age=read_numbers(table["Patient Age"].str.rstrip("Y"), path), official_split=_nih_split(root, table["Image Index"]),
+        age=read_numbers(table["Patient Age"].str.rstrip("Y"), path),
+        official_split=_nih_split(root, table["Image Index"]),
     )
     if root is not None: rows = with_image_paths(rows, "NIH ChestX-ray14", root, table["Image Index"])
     return as_cohort(rows, "NIH ChestX-ray14")

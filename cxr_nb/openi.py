@@ -45,7 +45,7 @@ def _parse_openi(archive, name, content):
 
 # %% ../nbs/13_openi.ipynb #40f41ffa
 def _members(tar, archive):
-    "The reports of an archive, one by one; raises ValueError for whatever has a report's name and is none, or is too large."
+    "The reports of an archive, one by one; raises ValueError for what has a report's name and is none, or is too large."
     names = set()
     for m in tar:
         name = posixpath.normpath(m.name)
@@ -126,7 +126,9 @@ def _openi_views():
     "Image id -> AP, PA, lateral or blank."
     columns = {"usecols": ["imageid", "View Position"], "index_col": "imageid"}
     stated = pd.read_csv(packaged_file("nlmcxr_dicom_metadata.csv.gz"), **columns)["View Position"].fillna("")
-    guessed = pd.read_csv(packaged_file("nlmcxr_tsne_pa.csv.gz"), index_col="imageid")["tsne-view"].replace("L", "lateral")
+    guessed = pd.read_csv(
+        packaged_file("nlmcxr_tsne_pa.csv.gz"), index_col="imageid"
+    )["tsne-view"].replace("L", "lateral")
     view = plain_views(stated)
     guessed = guessed.reindex(view.index).fillna("")
     contradicts = (view != "") & (guessed != "") & (view.eq("lateral") != guessed.eq("lateral"))
@@ -164,7 +166,8 @@ def read_reference_labels(
     labels = [NEGBIO_NAMES.get(label, label) for label in CHEXPERT_LABELS]
     columns = [name for name in labels if name in column_names(path)]
     table = read_table(path, ["filename"], columns)
-    for name in columns: refuse_rows(~table[name].isin([0, 1]), path, lambda row: f", column '{name}': is neither 1 nor 0")
+    for name in columns:
+        refuse_rows(~table[name].isin([0, 1]), path, lambda row: f", column '{name}': is neither 1 nor 0")
     return table
 
 # %% ../nbs/13_openi.ipynb #ca151e84

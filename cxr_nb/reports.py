@@ -52,7 +52,7 @@ def _report(read, row):
 # %% ../nbs/15_reports.ipynb #2b6fa7a6
 def report_texts(
     cohort: pd.DataFrame,  # a cohort table
-    places: dict[str, Path] | None = None,  # source -> folder, archive or table of its reports; Open-i's are in torchxrayvision
+    places: dict[str, Path] | None = None,  # source -> folder, archive or table; Open-i's are in torchxrayvision
 ) -> pd.Series:  # one report per row of the cohort, with its index
     "Read the reports a cohort names; raises ValueError for a source without a reader or a report that is not there."
     read = {source: _report_reader(source, rows, places or {}) for source, rows in cohort.groupby("source")}

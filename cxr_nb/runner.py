@@ -157,7 +157,7 @@ def run_or_exit(
     except DeadKernelError: why = f"notebook {notebook} failed: its kernel died, for want of memory or by a signal"
     except (OSError, KeyError, TypeError, ValueError) as error:
         sys.exit(f"cxr_nb: {error.args[-1] if isinstance(error, KeyError) else error}")
-    sys.exit(f"cxr_nb: {why}\nsee {os.path.relpath(folder / 'failed' / f'{notebook}.ipynb')}")
+    sys.exit(f"cxr_nb: {why}; see {os.path.relpath(folder / 'failed' / f'{notebook}.ipynb')}")
 
 # %% ../nbs/06_runner.ipynb #d5a3fcda
 def _code_cells(notebook):

@@ -95,7 +95,9 @@ def read_sources(
         return outputs / text  # a whole path stays what it is
     try:
         sources = json.loads(Path(path).read_text(encoding="utf-8"))
-        places = {kind: {source: place(text) for source, text in sources[kind].items()} for kind in ("images", "reports")}
+        places = {
+            kind: {source: place(text) for source, text in sources[kind].items()} for kind in ("images", "reports")
+        }
         return places | {"text_sets": {**sources["text_sets"]}, "inverted": sources["inverted"]}
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise ValueError(f"{path}: does not say where the data lie ({error!r}); run 21_datasets again") from None

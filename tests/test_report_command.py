@@ -46,10 +46,10 @@ def project(tmp_path, copy_project):
     "A copy of the project, in a folder with a blank in its name, whose graph is one notebook."
     copy = copy_project(tmp_path / "a project")
     new = nbformat.v4
-    sources = ["profile: str = 'tiny'\nsteps: int = 1", "from cxr_nb.core import Run", "run = Run('99_small', globals())", LOOP, FINISH]
+    sources = ["profile: str = 'tiny'\nsteps: int = 1", "reads, writes = [], ['measures/steps.txt']", "from cxr_nb.core import Run", "run = Run('99_small', globals())", LOOP, FINISH]
     cells = [new.new_markdown_cell("# Small\n> For a test."), *(new.new_code_cell(source) for source in sources)]
     for i, cell in enumerate(cells): cell["id"] = f"cell{i}"
-    cells[1]["metadata"]["tags"] = ["parameters"]
+    for cell, tag in zip(cells[1:], ("parameters", "files")): cell["metadata"]["tags"] = [tag]
     kernel = {"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}}
     nbformat.write(new.new_notebook(cells=cells, metadata=kernel), copy / "nbs/99_small.ipynb")
     (copy / "Snakefile").write_text(SNAKEFILE.format(command=Path(sys.executable).parent / "cxr_nb"))
@@ -99,7 +99,7 @@ def test_a_failure_is_one_line_and_where_to_look(project, run_in):
     profile(project, 3)
     done = run_in(project, "cxr_nb", "report", "--profile", "tiny")
     assert done.returncode == 1 and "Traceback" not in done.stdout + done.stderr
-    assert "cxr_nb: notebook 99_small failed: ValueError: three is refused" in done.stdout
+    assert "cxr_nb: notebook 99_small failed: ValueError: three is refused; see outputs/tiny/failed/99_small.ipynb" in done.stdout
     assert done.stderr.splitlines() == ["what ran is kept, and the same command goes on from there; log: outputs/tiny/report.log"]
     (project / "Snakefile").write_text("rule report:\n    input: 'nowhere'\n")
     done = run_in(project, "cxr_nb", "report", "--profile", "tiny")

@@ -11,7 +11,7 @@ import nbformat
 import pytest
 from papermill.cli import _resolve_type
 
-from cxr_nb import core, processes, report
+from cxr_nb import core, graph, processes, report
 
 
 @pytest.fixture
@@ -37,7 +37,6 @@ GOOD = "99_small:\n  k: 3\n  rate: 1\n  names: [x, y]\n"
 
 @pytest.mark.parametrize("text, arguments, message", [
     (GOOD + "  kk: 5\n", [], "profile 'tiny', notebook 99_small: unknown parameter 'kk'; it takes profile, k, rate, names"),
-    (GOOD.replace("  k: 3\n", ""), [], "profile 'tiny', notebook 99_small: missing parameter 'k' (int)"),
     (GOOD.replace("3", "three"), [], "profile 'tiny', notebook 99_small: parameter 'k' takes int, not 'three' (str)"),
     (GOOD.replace("3", "true"), [], "parameter 'k' takes int, not True (bool)"),
     (GOOD.replace("[x, y]", "x"), [], "parameter 'names' takes list of text, not 'x' (str)"),
@@ -138,7 +137,7 @@ def test_unknown_profile_names_those_there_are(project, monkeypatch):
     (["99_smlal", "--profile", "tiny"], "; did you mean '99_small'?"),
     (["0", "--profile", "tiny"], "there are 00_core and 01_metrics"),
     (["", "--profile", "tiny"], "notebook : no file"),
-    (["00", "--profile", "tiny"], "notebook 00_core: the profile has no section 00_core; it has 99_small"),
+    (["00", "--profile", "tiny"], "notebook 00_core: the profile has no section 00_core; it has 03_phantoms, "),
     (["99", "--profile", "tiny", "-p", "k=5"], "-p k=5: write a name and a value, -p k 5"),
     (["99", "--profile", "tiny", "--parameter", "names=[a b]"], "-p names=[a b]: write a name and a value, -p names '[a b]'"),
     (["-p", "k=5", "99", "--profile", "tiny"], "-p k=5: write a name and a value, -p k 5"),
@@ -207,7 +206,7 @@ def test_failed_run_says_why_in_one_line_and_keeps_its_notebook(project, run_in)
     profile(project, GOOD.replace("k: 3", "k: 70"))
     done = run_in(project, "cxr_nb", "run", "99_small", "--profile", "tiny")
     assert done.returncode == 1
-    assert "cxr_nb: notebook 99_small failed: ValueError: k=70 is too large\nsee outputs/tiny/failed/99_small.ipynb" in done.stderr and "Traceback" not in done.stderr
+    assert "cxr_nb: notebook 99_small failed: ValueError: k=70 is too large; see outputs/tiny/failed/99_small.ipynb" in done.stderr and "Traceback" not in done.stderr
     assert "k=70 is too large" in (project / "outputs/tiny/failed/99_small.ipynb").read_text()
     assert "k=70" not in (project / "outputs/tiny/notebooks/99_small.ipynb").read_text() and not list(project.rglob(".partial-*"))
     profile(project, GOOD)
@@ -244,9 +243,16 @@ def test_plain_papermill_gets_the_type_check_in_the_next_cell(project, run_in):
 
 def test_missing_input_names_notebook_and_command(tmp_path, monkeypatch):
     monkeypatch.setenv("CXR_NB_OUTPUTS", str(tmp_path))
-    run = core.Run("33_text_encoder_results", {"profile": "demo", "__annotations__": {"profile": str}})
-    with pytest.raises(FileNotFoundError, match="^outputs/demo/cohorts/x.csv is missing; notebook 21_datasets makes it: cxr_nb run 21_datasets --profile demo$"):
-        run.need("cohorts/x.csv")
+    run = graph.Run("33_text_encoder_results", {"profile": "demo", "__annotations__": {"profile": str}})
+    with pytest.raises(FileNotFoundError, match="^outputs/demo/cohorts/sources.json is missing; notebook 21_datasets makes it: cxr_nb run 21_datasets --profile demo$"):
+        run.need("cohorts/sources.json")
+
+
+def test_what_a_profile_does_not_give_is_the_notebooks_default(project, monkeypatch):
+    monkeypatch.chdir(project)
+    profile(project, "99_small:\n  rate: 2\n")
+    assert core.resolve_parameters("99_small", "tiny") == {"profile": "tiny", "k": 10, "rate": 2, "names": ["a"]}
+    assert core.resolve_parameters("34_generation_results", "tiny") == core.resolve_parameters("34_generation_results", "demo") | {"profile": "tiny"}
 
 
 def test_a_profile_holds_only_what_differs_from_its_base(project, monkeypatch):
@@ -263,6 +269,7 @@ def test_a_profile_holds_only_what_differs_from_its_base(project, monkeypatch):
     ("base: mine\n", "profile 'mine': is based on itself by mine"),
     ("base: nobody\n", "profile 'nobody': no file nbs/profiles/nobody.yaml"),
     ("base: ../tiny\n", "profile '../tiny': a name has letters, digits, points, dashes and underscores"),
+    ("shared:\n  negative_promt: x\n", "shared: no notebook has a parameter 'negative_promt'; did you mean 'negative_prompt'?"),
     ("base: tiny\nshared: 3\n", "profile 'mine': expected one section of parameters per notebook"),
 ])
 def test_a_base_that_is_none_is_refused(project, monkeypatch, text, message):
