@@ -114,9 +114,12 @@ _SIGNED = """signed dictated transcribed approved authenticated interpreted fina
     reviewed reported confirmed"""
 _SIGNING = "|".join(map(misspelt, _SIGNED.split()))
 _VERB = rf"(?i:(?:electronically|digitally|e)?[\s-]*(?:{_SIGNING}|typed|edited|prepared|attested|read))"
-_NO_NAME = r"""(?i:ct|cta|mri?|us|pet|fda|x-?rays?|ultra\w+|echo\w*|lateral|frontal|ap|views?|chest|lungs?|bronch\w+|biops\w+
-    |comparison|prior|exam\w*|stud\w+|images?|imaging|radiograph\w*|films?|left|right|upper|lower|bilateral|no|not|new|old|stable
-    |catheters?|lines?|tubes?|ports?|devices?|pacemakers?|stents?|valves?|leads?|clips?|collapse|hospital|outside|[rl][mlu]l
+_NO_NAME = r"""(?i:ct|cta|mri?|us|pet|fda|x-?rays?|ultra\w+|echo\w*|lateral|frontal|ap|views?|chest|lungs?|bronch\w+
+    |biops\w+
+    |comparison|prior|exam\w*|stud\w+|images?|imaging|radiograph\w*|films?|left|right|upper|lower|bilateral|no|not
+    |new|old|stable
+    |catheters?|lines?|tubes?|ports?|devices?|pacemakers?|stents?|valves?|leads?|clips?|collapse|hospital|outside
+    |[rl][mlu]l
     |mass\w*|nodul\w*|opacit\w*|fractur\w*|hernia\w*|removed|placed|normal|acute|chronic|small|large|mild
     |\w*(?:itis|osis|emia|pathy|ectasis|thorax|onia|edema|effusions?|oma|gram|graphy|scopy))\b"""
 _TITLE = r"""(?i:drs?|prof|professor|mr|mrs|ms|m\.?d|d\.?o|ph\.?d|r\.?n|n\.?p|p\.?a(?:-?c)?|mbbs|frcr|facr|jr|sr
@@ -133,12 +136,15 @@ _CLERK = re.compile(
     |(?i:(?:report\s+)?status\s*:\s*(?:final|preliminary|signed|unsigned)(?:\s+report)?)
     |/s/\s*{_PERSON}{{0,8}}|x\s*_{{2,}}
     |(?i:sincerely|(?:(?:kind|best)\s+)?regards|respectfully)(?:[\s,]+{_PERSON}{{0,8}})?
-    |(?i:(?:this\s+)?(?:report\s+)?(?:created|printed))\s+(?:(?i:on|at|date)[\s:]+)?(?:[\d/:.,-]*\d[\d/:.,-]*(?:\s+(?i:at\s+)?|$))+(?i:[ap]\.?m\.?)?
-    |(?i:cc|copy\s+to|copies\s+to)\s*:\s*(?:{_PERSON}{{0,12}}|(?i:the\s+|referring\s+|primary\s+care\s*|physician|pcp|clinic)+)
+    |(?i:(?:this\s+)?(?:report\s+)?(?:created|printed))\s+(?:(?i:on|at
+        |date)[\s:]+)?(?:[\d/:.,-]*\d[\d/:.,-]*(?:\s+(?i:at\s+)?|$))+(?i:[ap]\.?m\.?)?
+    |(?i:cc|copy\s+to|copies\s+to)\s*:\s*(?:{_PERSON}{{0,12}}|(?i:the\s+|referring\s+|primary\s+care\s*|physician|pcp
+        |clinic)+)
     |(?i:(?:electronic\s+)?signature)(?:\s*[:-]\s*{_PERSON}{{0,12}}|(?i:\s+on\s+file))
     |(?i:(?:attending|signing|reading|interpreting|staff)\s+)?(?i:radiologist|resident)\s*-?\s+{_PERSON}{{1,8}}
     |(?i:(?:this\s+is\s+(?:a|the)\s+)?(?:final|preliminary)\s+report|(?:any\s+)?questions|attestation|attending['’]s)
-    |(?i:thank\s+you(?:\s+(?:for|very|much|this|the|your|kind|referral|referring|consult|consultation|patient|us|to|allowing))*)
+    |(?i:thank\s+you(?:\s+(?:for|very|much|this|the|your|kind|referral|referring|consult|consultation|patient|us|to
+        |allowing))*)
     |(?i:transcriptionist|transcriber|typist|dictator
         |(?:dictation\s+)?workstation(?:\s+id)?|ws|contact)\s*[:#-]+\s*(?:{_PERSON}|[\w-]*\d[\w-]*\s*){{0,6}}
     |(?i:tel|telephone|phone|pager|beeper|fax|ext|extension|mobile|contact
@@ -157,8 +163,8 @@ _SIGNATURE = re.compile(
 
 # %% ../nbs/13_closings.ipynb #9a8dcc86
 _SOFTWARE = frozenset(
-    """360 contain contains create created dictation dragon error errors excuse generated grammatical inadvertent may occur part parts
-    phonetic portions powerscribe produced recognition software sound-alike speech syntax technology transcription
+    """360 contain contains create created dictation dragon error errors excuse generated grammatical inadvertent may occur
+    part parts phonetic portions powerscribe produced recognition software sound-alike speech syntax technology transcription
     transcriptional typographical use used using utilized utilizing voice""".split()
 )
 

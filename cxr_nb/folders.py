@@ -35,7 +35,7 @@ def folder_table(
 
 # %% ../nbs/14_folders.ipynb #e6121492
 def _folder_columns(path):
-    "The key of a table, its columns of text, and those of labels as {column: label}; raises ValueError for other tables."
+    "The key of a table, its columns of text, and its labels as {column: label}; raises ValueError for other tables."
     header = column_names(path)
     key = "study_id" if "image" not in header and "report_path" in header else "image"
     needed = [key, "patient_id", "view"]

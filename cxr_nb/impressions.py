@@ -61,7 +61,8 @@ _DEIDENTIFIED = re.compile(r"_{2,}|\bX{3,}\b|\bx{4,}\b")
 # %% ../nbs/14_impressions.ipynb #cf8c78bd
 _LOOKALIKES = str.maketrans("0135|!$ІМРЕЅОΙΜΡΕΟΝ", "OIESIISIMPESOIMPEON")  # digits, Cyrillic and Greek letters
 _QUALIFIER = (
-    r"[(\[{](?i:\s|[\d/.,:;&-]|prelim(?:inary)?|final|provisional|draft|addend(?:um|ed)|amended|corrected|revised|updated"
+    r"[(\[{](?i:\s|[\d/.,:;&-]|prelim(?:inary)?|final"
+    r"|provisional|draft|addend(?:um|ed)|amended|corrected|revised|updated"
     r"|unsigned|signed|dictated|wet|read|report|version|by|attending|resident|radiologist|_{2,}|X{3,})+[)\]}]"
 )
 _MARKUP = re.compile(rf"<[^<>\n]{{1,40}}>|&\w+;|{_QUALIFIER}|[*_#=~`|•·>\"“”]+")
@@ -90,7 +91,8 @@ def _plain_heading(piece, first):
         title = _heading_text(piece[: end.end() if end[0] in (")", "]", "}") else end.start()])
         colon = re.fullmatch(_COLON, end[0])
         impression = re.fullmatch(rf"(?:{_IMPRESSION['IMPRESSION']}S?|{_IMPRESSION['Impression']}s?)", title)
-        bare = impression and (first and end[0] != "," or title.isupper()) or not end[0] and first and title != piece.strip()
+        bare = impression and (first and end[0] != "," or title.isupper())
+        bare = bare or not end[0] and first and title != piece.strip()
         if not (colon or bare and title[:1].isupper()): continue
         if not any(known.fullmatch(title + ":") for known in (_HEADING, _NEXT, _CONCLUSION)): continue
         rest = re.sub(rf"^(?:\s*(?:</[^<>\n]{{1,40}}>|{_QUALIFIER}|[*_=~`]+|{_COLON}))+", " ", piece[end.end() :])

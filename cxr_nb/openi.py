@@ -45,7 +45,7 @@ def _parse_openi(archive, name, content):
 
 # %% ../nbs/13_openi.ipynb #40f41ffa
 def _members(tar, archive):
-    "The reports of an archive, one by one; raises ValueError for what has a report's name and is none, or is too large."
+    "The reports of an archive, one by one; raises ValueError for a report's name without a report, or a large one."
     names = set()
     for m in tar:
         name = posixpath.normpath(m.name)
