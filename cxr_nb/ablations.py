@@ -22,7 +22,8 @@ from tqdm.auto import tqdm
 
 from .caches import cached
 from .classification import effusion_scores
-from .datasets import CONCEPTS, few_shot_candidates, only_finding
+from .cohorts import only_finding
+from .few_shot import CONCEPTS, few_shot_candidates
 from .generation import bounded, jackknife
 from .judges import features, probabilities
 from .metrics import frechet_distance, group_mean_intervals

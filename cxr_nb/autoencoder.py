@@ -17,7 +17,7 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
-from .datasets import apply_label_policy, hash_uniform
+from .cohorts import apply_label_policy, hash_uniform
 from .images import load_radiograph, open_radiograph
 from .metrics import box_means, disjoint_halves, frechet_distance, psnr, rmse, score_differences
 from .metrics import score_intervals, ssim, ssim_map

@@ -16,7 +16,8 @@ import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
-from .datasets import CONCEPTS, hash_uniform
+from .cohorts import hash_uniform
+from .few_shot import CONCEPTS
 from .images import load_radiograph, open_radiograph
 from .metrics import classification_scores, group_mean_intervals, score_differences, score_intervals
 from .places import slug

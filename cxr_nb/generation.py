@@ -20,7 +20,7 @@ from scipy.spatial.distance import cdist
 from scipy.stats import rankdata, t
 from tqdm.auto import tqdm
 
-from .datasets import CONCEPTS
+from .few_shot import CONCEPTS
 from .metrics import alike_interval, disjoint_halves, frechet_distance, precision_recall_density_coverage
 from .metrics import squared_mmd, window_mean
 from .places import slug

@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 
 from .autoencoder import LABEL_TARGETS
 from .core import torch_device, versions
-from .datasets import impression_section
+from .impressions import impression_section
 from .images import load_radiograph
 from .judges import build_classifier, save_classifier
 from .phantoms import write_phantoms

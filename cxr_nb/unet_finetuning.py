@@ -17,7 +17,8 @@ import torch
 
 from .caches import run_frozen
 from .checkpointing import checkpoints, tensors_hash
-from .datasets import CONCEPTS, image_paths
+from .cohort_images import image_paths
+from .few_shot import CONCEPTS
 from .diffusion import WithPrior, diffusion_loss, noise_record, training_noise_scheduler
 from .places import slug
 from .stable_diffusion import encode, encoder_hidden_states, load_pipeline, write_images

@@ -14,7 +14,8 @@ from sklearn.metrics import roc_auc_score
 
 from cxr_nb import ablations
 from cxr_nb.ablations import drawn_by, few_shot_draws, over_runs, saved_along, scores_by_k, scores_of
-from cxr_nb.datasets import CONCEPTS, few_shot_candidates, read_folder
+from cxr_nb.few_shot import CONCEPTS, few_shot_candidates
+from cxr_nb.folders import read_folder
 from cxr_nb.stable_diffusion import sample
 from cxr_nb.training import TrainingSettings
 from cxr_nb.unet_finetuning import Variant, finetuned, open_finetuned

@@ -18,7 +18,7 @@ from sklearn.preprocessing import StandardScaler
 from cxr_nb.classification import (
     COMPARISONS, SCORE_COLUMNS, domain_scores, drawn_sets, effusion_scores, gap_scores, gap_verdict, generated_images,
     judge_differences, read_images, real_images, realness, sampling_units, table_5, unit_folds)
-from cxr_nb.datasets import read_folder
+from cxr_nb.folders import read_folder
 from cxr_nb.judges import load_classifier, probabilities
 from cxr_nb.phantoms import write_phantoms
 from cxr_nb.tables import TABLE_COLUMNS, published

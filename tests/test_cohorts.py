@@ -23,13 +23,21 @@ import trees
 from conftest import ROOT
 from PIL import Image
 
-from cxr_nb import commits, core, datasets, profiles, tables
-from cxr_nb.datasets import (
-    CHEXPERT_LABELS, COHORT_COLUMNS, SPLITS, CohortImages, few_shot_candidates, image_paths, impression_section, openi_cohort, places_of_others, portable_place, read_chexpert, read_cohort,
-    read_few_shot_choice, read_folder, read_mimic_cxr, read_nih, read_openi, read_reference_labels, read_sources, report_texts, sample_captions, sample_frontal, with_splits,
-)
+from cxr_nb import commits, core, profiles, tables
+from cxr_nb.captions import sample_captions
+from cxr_nb.chexpert import read_chexpert
+from cxr_nb.cohort_images import CohortImages, image_paths
+from cxr_nb.cohorts import CHEXPERT_LABELS, COHORT_COLUMNS, SPLITS, read_cohort, sample_frontal, with_splits
+from cxr_nb.few_shot import few_shot_candidates, read_few_shot_choice
+from cxr_nb.folders import read_folder
 from cxr_nb.images import inverted_images
+from cxr_nb.impressions import impression_section
+from cxr_nb.mimic_cxr import read_mimic_cxr
+from cxr_nb.nih import read_nih
+from cxr_nb.openi import openi_cohort, read_openi, read_reference_labels
 from cxr_nb.phantoms import write_phantoms
+from cxr_nb.reports import report_texts
+from cxr_nb.sources import places_of_others, portable_place, read_sources
 
 SHAPES = ["CheXpert-v1.0-small", "CheXpert-v1.0", "batches"]
 XRV_NAMES = {"Effusion": "Pleural Effusion"}
@@ -346,13 +354,13 @@ def test_a_choice_is_taken_where_nothing_could_be_proposed(few, tmp_path):
 
 
 @pytest.mark.parametrize("rows, message", [
-    ("pleural effusion,e,1,", r"row 3 .e.: no frontal image"),
+    ("pleural effusion,e,1,", r"row 3 .e.: not a frontal image"),
     ("pleural effusion,f,1,", "f is of a patient in the test split; choose from train"),
     ("pleural effusion,g,1,", "patient p1 is chosen twice; one image per patient"),
     ("pleural effusion,b,1,", "row 3 .b.: not labelled Pleural Effusion; put 1 in a column 'overrules'"),
     ("pleural effusion,b,1,0", "row 3 .b.: not labelled Pleural Effusion; put 1 in a column 'overrules'"),
     ("pleural effusion,c,1,yes", "row 3 .c.: overrules is none of 1, 0, blank"),
-    ("pleural effusion,f,1,1", "f is of a patient in the test split"), ("pleural effusion,e,1,1", "no frontal image"),
+    ("pleural effusion,f,1,1", "f is of a patient in the test split"), ("pleural effusion,e,1,1", "not a frontal image"),
     ("pleural effusion,h,1,", "row 3 .h.: no such image in Few"),
 ])
 def test_what_matters_in_a_choice_is_checked(few, tmp_path, rows, message):
@@ -386,7 +394,7 @@ BAD_CHEXPERT = {
     "missing column": (lambda p: replaced(p, ",AP/PA", ",View"), "train.csv: column 'AP/PA' is missing; it has Path"),
     "bad label": (lambda p: replaced(p, ",1.0", ",0.5"), r"train.csv: row \d+, column '.*': label '0.5' is none of 1, 0, -1, blank"),
     "word for a label": (lambda p: replaced(p, ",1.0", ",yes"), r"row \d+, column '.*': label 'yes' is none of"),
-    "age": (lambda p: p.write_text(pd.read_csv(p, dtype=str, keep_default_na=False).assign(Age="old").to_csv(index=False)), r"row 2, column 'Age': 'old' is no number from 0 on"),
+    "age": (lambda p: p.write_text(pd.read_csv(p, dtype=str, keep_default_na=False).assign(Age="old").to_csv(index=False)), r"row 2, column 'Age': 'old' is not a number of at least 0"),
     "odd view": (lambda p: replaced(p, ",Frontal,PA", ",frontal,PA"), r"row 2, column 'Frontal/Lateral': 'frontal' is none of Frontal, Lateral"),
     "odd projection": (lambda p: replaced(p, ",Frontal,PA", ",Frontal,ap"), r"row 2, column 'AP/PA': 'ap' is none of AP, PA, LL, RL"),
     "duplicate row": (lambda p: p.write_text(p.read_text() + p.read_text().splitlines()[1] + "\n"), "train.csv: row 122 repeats row 2 .* with the same values"),
@@ -426,8 +434,8 @@ BAD_MIMIC = {
     "two versions of a table": (lambda r: (trees.gzipped(metadata(r)), replaced(metadata(r), ",PA,", ",AP,")), "metadata.csv and mimic-cxr-2.0.0-metadata.csv.gz disagree from row 2 on; keep the one"),
     "a shorter version": (lambda r: (trees.gzipped(metadata(r)), metadata(r).write_text("\n".join(metadata(r).read_text().splitlines()[:9]))), "disagree from row 10 on"),
     "cut gzip": (lambda r: (trees.gzipped(metadata(r)), metadata(r).unlink(), cut(r / "mimic-cxr-2.0.0-metadata.csv.gz")), "metadata.csv.gz: not a readable CSV file"),
-    "blank id": (lambda r: replaced(metadata(r), "00000000,10000032,", "00000000,,"), "metadata.csv: row 2, column 'subject_id': '' is no id"),
-    "id that is a path": (lambda r: replaced(metadata(r), "0000abcd-", "../0000abcd-"), "metadata.csv: row 2, column 'dicom_id': '../0000abcd.* is no id"),
+    "blank id": (lambda r: replaced(metadata(r), "00000000,10000032,", "00000000,,"), "metadata.csv: row 2, column 'subject_id': '' is not an id"),
+    "id that is a path": (lambda r: replaced(metadata(r), "0000abcd-", "../0000abcd-"), "metadata.csv: row 2, column 'dicom_id': '../0000abcd.* is not an id"),
     "bad label": (lambda r: replaced(r / "mimic-cxr-2.0.0-chexpert.csv", ",1.0", ",2.0"), r"chexpert.csv: row \d+, column '.*': label '2.0' is none"),
     "study twice": (lambda r: replaced(r / "mimic-cxr-2.0.0-chexpert.csv", ",50000001,", ",50000000,"), "chexpert.csv: row 3 repeats row 2 .study_id 50000000."),
     "study of two patients": (lambda r: replaced(r / "mimic-cxr-2.0.0-chexpert.csv", "10000032,50000000", "10000033,50000000"), "metadata.csv: row 2: study 50000000 is of patient 10000032 here and of 10000033"),
@@ -672,7 +680,7 @@ def test_reports_that_are_links_out_of_their_folder_are_refused(cohorts, base, t
             with pytest.raises(ValueError, match="report '000.txt' is a link that leads out of the folder"): report_texts(plain, places)
     report.unlink()
     os.mkfifo(report)
-    with pytest.raises(ValueError, match="report '000.txt' is no file"): report_texts(plain, places)
+    with pytest.raises(ValueError, match="report '000.txt' is not a file"): report_texts(plain, places)
     (tmp_path / "linked").symlink_to(tmp_path / "plain")
     assert report_texts(plain.tail(1), {"Mine": tmp_path / "linked"}).tolist() == ["IMPRESSION: image 001.png."]
     shutil.copytree(base / "reports", tmp_path / "mimic")
@@ -735,8 +743,8 @@ def test_a_broken_list_of_places_is_said(tmp_path, text):
 def test_every_notebook_reads_the_places_by_one_function():
     for path in (ROOT / "nbs").glob("*.ipynb"):
         for cell in json.loads(path.read_text())["cells"]:
-            for line in cell["source"] if cell["cell_type"] == "code" and not path.stem.startswith("21") else ():
-                if "sources.json" in line: assert 'read_sources(run.need("cohorts/sources.json", "21_datasets"))' in line, path.name
+            for line in cell["source"] if cell["cell_type"] == "code" and not path.stem.startswith(("16", "21")) else ():
+                if "need(" in line and "sources.json" in line: assert 'read_sources(run.need("cohorts/sources.json"))' in line, path.name
 
 
 # ---- captions
@@ -787,7 +795,7 @@ def test_mimic_at_its_real_size_fits_in_2_gb(tmp_path):
     labels.insert(0, "study_id", studies[:-8])
     labels.insert(0, "subject_id", patients[:-8])
     write_csv(labels, tmp_path / "mimic-cxr-2.0.0-chexpert.csv")
-    work = f"from cxr_nb.datasets import *; c = with_splits(read_mimic_cxr({str(tmp_path)!r})); assert 377_000 < len(c) < 377_110; sample_frontal(c); c.to_csv({str(tmp_path / 'c.csv')!r})"
+    work = f"from cxr_nb.cohorts import *; from cxr_nb.mimic_cxr import *; c = with_splits(read_mimic_cxr({str(tmp_path)!r})); assert 377_000 < len(c) < 377_110; sample_frontal(c); c.to_csv({str(tmp_path / 'c.csv')!r})"
     assert peak_mb(work) < 2000
 
 
@@ -797,7 +805,7 @@ def test_memory_for_captions_does_not_grow_with_the_parts(tmp_path):
     for folder, times in (("one", 1), ("many", 40)):
         (tmp_path / folder).mkdir()
         pd.DataFrame({"TEXT": texts * times}).to_parquet(tmp_path / folder / "p.parquet", row_group_size=10**9)
-    few, many = (peak_mb(f"from cxr_nb.datasets import sample_captions; sample_captions({str(tmp_path / folder)!r}, 20_000)") for folder in ("one", "many"))
+    few, many = (peak_mb(f"from cxr_nb.captions import sample_captions; sample_captions({str(tmp_path / folder)!r}, 20_000)") for folder in ("one", "many"))
     assert many - few < 150, "2 million captions are 100 MB of text, and more as strings"
 
 
@@ -822,7 +830,7 @@ def mimic_of_dicom(folder, tables):
 @pytest.mark.parametrize("make, read, message", [
     (only_dicom, lambda root: read_folder(root, "Mine"), "looked for a CSV file in it; study0/IM0000 is a DICOM file, which is not read; convert it to 8-bit PNG"),
     (only_dicom, read_nih, "looked for PNG or JPEG images in it or up to three levels below; study0/IM0000 is a DICOM file, which is not read"),
-    (only_dicom, lambda root: openi_cohort(read_openi(), root), "study0/IM0000 is a DICOM file; the collection is to be had as PNG"),
+    (only_dicom, lambda root: openi_cohort(read_openi(), root), "study0/IM0000 is a DICOM file; the collection is also available as PNG"),
     (only_dicom, read_chexpert, "study0/IM0000 is a DICOM file, which is not read; convert"),
     (lambda folder: mimic_of_dicom(folder, False), read_mimic_cxr, r"files/p10/.*\.dcm is a DICOM file of MIMIC-CXR; MIMIC-CXR-JPG is that release converted"),
     (lambda folder: mimic_of_dicom(folder, True), read_mimic_cxr, r"files/p10/.*\.dcm is a DICOM file of MIMIC-CXR; MIMIC-CXR-JPG is that release converted"),
@@ -878,7 +886,7 @@ def turned(base):
 def without_tests(path):
     "Take a notebook's test cells out, which nbdev_test runs: what defines and what reports stays."
     notebook = json.loads(path.read_text())
-    stays = ("#|", "import ", "profile: ", "run = Run(", "reports = read_openi()")
+    stays = ("#|", "import ", "from ", "profile: ", "made = ", "run = Run(", "def ")
     notebook["cells"] = [c for c in notebook["cells"] if c["cell_type"] == "code" and "".join(c["source"]).startswith(stays)]
     path.write_text(json.dumps(notebook))
     return ["".join(c["source"]) for c in notebook["cells"]]
@@ -894,10 +902,10 @@ def project(tmp_path_factory, copy_project, base, turned, edited_choice):
     (copy / "data/mine").symlink_to(base / "turned")
     trees.laion(copy / "data/laion")
     edited_choice.to_csv(copy / "mine.csv", index=False)
-    data = {"chexpert": "data/chexpert", "mimic_cxr": "data/mimic", "mimic_cxr_reports": "data/reports", "openi_images": "data/openi", "nih": "data/nih",
-            "folders": ["Mine=data/mine"], "laion_400m": "data/laion", "sample_size": 24, "inverted": "invert", "text_sources": ["Open-i"], "few_shot_source": "CheXpert",
-            "few_shot": 2, "few_shot_choice": "mine.csv", "check_files": True}
-    sections = {"base": "smoke", "shared": {"source": "CheXpert", "sources": ["CheXpert"]}, "21_datasets": data}
+    values = {"chexpert": "data/chexpert", "mimic_cxr": "data/mimic", "mimic_cxr_reports": "data/reports", "openi_images": "data/openi", "nih": "data/nih",
+              "folders": {"Mine": "data/mine"}, "laion_400m": "data/laion", "sample_size": 24, "inverted": "invert", "text_sources": {"Open-i": ""},
+              "few_shot_source": "CheXpert", "few_shot": 2, "few_shot_choice": "mine.csv", "check_files": True}
+    sections = {"base": "smoke", "shared": {"source": "CheXpert", "sources": ["CheXpert"]}, "21_datasets": values}
     (copy / "nbs/profiles/all.yaml").write_text(yaml.safe_dump(sections))
     return copy
 
@@ -952,11 +960,11 @@ def reported(tmp_path, monkeypatch):
     monkeypatch.setenv("CXR_NB_OUTPUTS", str(tmp_path / "outputs"))
 
     def run(place, **values):
-        values |= {"folders": [f"Mine={place}"], "text_sources": ["Open-i"], "few_shot_source": ""}
-        names = dict(vars(datasets))
+        values |= {"folders": {"Mine": str(place)}, "text_sources": {"Open-i": ""}, "few_shot_source": ""}
+        names = {}
         with pytest.raises(ValueError) as caught:
             for cell in without_tests(tmp_path / "21_datasets.ipynb"):
-                if not cell.startswith("#| export"): exec(cell, names)
+                exec(cell, names)
                 if cell.startswith("profile: "): names |= profiles.resolve_parameters("21_datasets", "smoke", values)
         return str(caught.value), {p.name for p in (tmp_path / "outputs").rglob("*") if p.is_file()}
     return run
@@ -998,8 +1006,8 @@ def test_data_of_others_stay_out_of_what_git_tracks(project, run_in, tmp_path):
     copy = shutil.copytree(project, tmp_path / "clone", symlinks=True, ignore=shutil.ignore_patterns("outputs", ".snakemake"))
     subprocess.run(["git", "init", "-q", copy], check=True)
     path = copy / "nbs/profiles/demo.yaml"
-    own = {"chexpert": "data/chexpert", "text_sources": ["Open-i", "Mine=data/mine"], "laion_400m": "data/laion"}
-    path.write_text(yaml.safe_dump({"21_datasets": own}))
+    values = {"chexpert": "data/chexpert", "text_sources": {"Open-i": "", "Mine": "data/mine"}, "laion_400m": "data/laion"}
+    path.write_text(yaml.safe_dump({"21_datasets": values}))
     done = run_in(copy, "cxr_nb", "run", "21_datasets")
     tracked = subprocess.run(["git", "-C", copy, "status", "--porcelain", "--untracked-files=all", "outputs"], capture_output=True, text=True, check=True)
     assert done.returncode == 1 and tracked.stdout == ""
@@ -1010,7 +1018,7 @@ def test_data_of_others_stay_out_of_what_git_tracks(project, run_in, tmp_path):
     assert not commits.git_would_track(place / "figures/a.png")
 
 
-NO_PLACE = {"profile", "few_shot_source", "label_policy", "inverted"}  # text that names no file
+NO_PLACE = {"profile", "few_shot_source"}  # text that names no file
 
 
 def test_every_parameter_that_names_a_place_is_asked_whose_it_is():
@@ -1018,11 +1026,11 @@ def test_every_parameter_that_names_a_place_is_asked_whose_it_is():
     defaults = {name: default for name, (_, default) in declared.items()}
     assert places_of_others(defaults) == [], "the demo shows nothing but the project's own"
     for name, (kind, _) in declared.items():
-        if kind not in ("str", "list") or name in NO_PLACE: continue
+        if kind not in ("str", "dict[str, str]") or name in NO_PLACE: continue
         for place in ("/data/x", "../x"):
-            given = [f"Mine={place}"] if kind == "list" else place
+            given = place if kind == "str" else {"Mine": place}
             assert places_of_others(defaults | {name: given}) == [name]
-    for place in ("images/mine", "images/phantoms/../../x", "data/mine", "imagesx/phantoms"): assert places_of_others(defaults | {"folders": [f"Mine={place}"]}) == ["folders"]
+    for place in ("images/mine", "images/phantoms/../../x", "data/mine", "imagesx/phantoms"): assert places_of_others(defaults | {"folders": {"Mine": place}}) == ["folders"]
 
 
 def test_paths_of_a_cohort_do_not_name_this_machine(ran, project):

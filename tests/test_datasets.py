@@ -7,7 +7,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from cxr_nb.datasets import _LISTED, CHEXPERT_LABELS, COHORT_COLUMNS, impression_section, label_agreement, openi_archive, openi_cohort, read_cohort, read_folder, read_openi, report_texts, single_label, text_evaluation_set
+from cxr_nb.closings import _LISTED
+from cxr_nb.cohorts import CHEXPERT_LABELS, COHORT_COLUMNS, read_cohort, single_label
+from cxr_nb.folders import read_folder
+from cxr_nb.impressions import impression_section
+from cxr_nb.openi import label_agreement, openi_archive, openi_cohort, read_openi
+from cxr_nb.reports import report_texts, text_evaluation_set
 
 REPORT = """<eCitation><uId id="{uid}"/><AbstractText Label="FINDINGS">{findings}</AbstractText>
 <AbstractText Label="IMPRESSION">{impression}</AbstractText><MeSH>{mesh}</MeSH></eCitation>"""

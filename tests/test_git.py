@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT
 
 from cxr_nb import commits, core, profiles
-from cxr_nb.datasets import places_of_others
+from cxr_nb.sources import places_of_others
 
 
 @pytest.fixture(autouse=True)

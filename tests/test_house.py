@@ -11,7 +11,8 @@ from conftest import ROOT, tracked
 from packaging.requirements import Requirement
 
 from cxr_nb import places, profiles, runner
-from cxr_nb.datasets import impression_section, read_openi
+from cxr_nb.impressions import impression_section
+from cxr_nb.openi import read_openi
 
 NOTEBOOKS = sorted(p.stem for p in (ROOT / "nbs").glob("*.ipynb"))
 PROFILES = sorted(p.stem for p in (ROOT / "nbs/profiles").glob("*.yaml"))

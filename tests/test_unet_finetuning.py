@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from cxr_nb import trained_variants, unet_finetuning
 from cxr_nb.checkpointing import checkpoints
-from cxr_nb.datasets import CONCEPTS
+from cxr_nb.few_shot import CONCEPTS
 from cxr_nb.diffusion import denoising_losses
 from cxr_nb.places import sha256
 from cxr_nb.stable_diffusion import encode, load_pipeline, sample

@@ -8,7 +8,7 @@ import pyarrow as pa
 from PIL import Image
 from pyarrow import parquet
 
-from cxr_nb.datasets import CHEXPERT_LABELS
+from cxr_nb.cohorts import CHEXPERT_LABELS
 
 CHEXPERT_HEADER = (
     "Path,Sex,Age,Frontal/Lateral,AP/PA,No Finding,Enlarged Cardiomediastinum,Cardiomegaly,Lung Opacity,Lung Lesion,Edema,Consolidation,"
