@@ -20,9 +20,10 @@ from tqdm.auto import tqdm
 
 from .classification import effusion_scores
 from .datasets import CONCEPTS, few_shot_candidates, only_finding
-from .generation import bounded, jackknife
+from .generation import bounded
+from .intervals import group_mean_intervals, jackknife, spread
 from .judges import features, probabilities
-from .metrics import frechet_distance, group_mean_intervals
+from .metrics import frechet_distance
 from .stable_diffusion import load_pipeline, sample
 from .text_encoder import retrieval_scores
 from .training import LOG, TrainingSettings, cached, check_record, checkpoints, made_key, settings_record

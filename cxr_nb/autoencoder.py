@@ -20,9 +20,10 @@ from tqdm.auto import tqdm
 from .core import TABLE_COLUMNS
 from .datasets import apply_label_policy, hash_uniform
 from .images import load_radiograph, open_radiograph
-from .metrics import box_means, disjoint_halves, frechet_distance, psnr, rmse, score_differences
-from .metrics import score_intervals, ssim, ssim_map
+from .intervals import no_width, percentile_interval, score_differences, score_intervals, unit_samples
+from .metrics import box_means, disjoint_halves, frechet_distance, psnr, rmse, ssim, ssim_map
 from .stable_diffusion import decode, draw_latents, encode, gray, to_bytes
+from .tables import beside_published
 
 # %% ../nbs/23_autoencoder.ipynb #72d84f10
 def latent_seeds(
@@ -139,25 +140,21 @@ def statistics_table(
     "Mean, standard deviation, median and range of measures (§3.2), with 95 % intervals that resample units."
     values = values.dropna(axis="columns", how="all")
     _, unit = np.unique(units, return_inverse=True)
-    members, rng = [np.flatnonzero(unit == u) for u in range(unit.max() + 1)], np.random.default_rng(seed)
+    members = [np.flatnonzero(unit == u) for u in range(unit.max() + 1)]
     x, samples = values.to_numpy(float), []
-    for _ in range(draws):
-        drawn = np.concatenate([members[u] for u in rng.integers(len(members), size=len(members))])
+    for sample in unit_samples(len(members), draws, seed):
+        drawn = np.concatenate([members[u] for u in sample])
         # a measure taken of few images may be missing from a draw
         if (~np.isnan(x[drawn])).sum(0).min() > 1: samples.append(_statistics(x[drawn])[:3])
     if len(samples) < draws / 2: raise ValueError("a measure was taken of too few images for an interval")
     ends = np.full((2, 5, x.shape[1]), np.nan)
-    ends[:, :3] = np.quantile(samples, [0.025, 0.975], axis=0)
-    ends[:, np.isclose(*ends, rtol=1e-9, atol=0)] = np.nan  # one patient, or all alike: draws cannot say how sure it is
+    ends[:, :3] = percentile_interval(samples)
+    ends[:, no_width(*ends)] = np.nan  # one patient, or all alike: draws cannot say how sure it is
     cells = pd.MultiIndex.from_product([STATISTICS, values.columns], names=["column", "row"]).to_frame(index=False)
     found = dict(zip(("measured", "ci_low", "ci_high"), (a.ravel() for a in (_statistics(x), *ends))))
     cells = cells.assign(**found, n=cells.row.map(values.notna().sum()))
     given = printed.rename(columns={"metric": "row"}).melt("row", STATISTICS, "column", "published")
-    table = given.merge(cells, how="outer", on=["row", "column"])
-    rows = [*values.columns, *(m for m in printed.metric if m not in values)]
-    order = pd.MultiIndex.from_product([rows, STATISTICS], names=["row", "column"])
-    table = table.set_index(["row", "column"]).reindex(order).reset_index()
-    return table.assign(n=table.n.fillna(0).astype(int))[TABLE_COLUMNS]
+    return beside_published(cells, given, [*values.columns, *printed.metric], STATISTICS)[TABLE_COLUMNS]
 
 # %% ../nbs/23_autoencoder.ipynb #a21ebb52
 LABEL_TARGETS = {  # label of Tables 1 and 6 -> output of torchxrayvision's classifiers
@@ -216,7 +213,7 @@ def classification_table(
             part = label_rows(own, *sides, rows.patient_id.to_numpy(), threshold, draws, seed)
         parts.append(part.assign(row=label))
     given = printed.rename(columns={"finding": "row"}).melt("row", var_name="column", value_name="published")
-    table = pd.concat(parts, ignore_index=True).merge(given, how="left", on=["row", "column"])
+    table = beside_published(pd.concat(parts, ignore_index=True), given)
     return table.reindex(columns=[*TABLE_COLUMNS, "positives", "note"])
 
 # %% ../nbs/23_autoencoder.ipynb #8c5325e2

@@ -19,7 +19,8 @@ from tqdm.auto import tqdm
 from .core import TABLE_COLUMNS, slug
 from .datasets import CONCEPTS, hash_uniform
 from .images import load_radiograph, open_radiograph
-from .metrics import classification_scores, group_mean_intervals, score_differences, score_intervals
+from .intervals import group_mean_intervals, score_differences, score_intervals
+from .metrics import classification_scores
 
 # %% ../nbs/28_classification.ipynb #7256f019
 KEYS = ["method", "variant", "prompt", "image"]  # what an image is known by; the prompt shortened as its folder is

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'BOUNDS', 'MEASURES', 'SCALE_WEIGHTS', 'COPYING', 'NEAREST_SHARE', 'word_kinds', 'read_kinds',
-           'given_findings', 'prompt_finding', 'printed_cells', 'reference_sizes', 'jackknife', 'bounded',
-           'split_floor', 'distribution_measures', 'scale_weights', 'ms_ssim', 'mean_likeness', 'nearest_training',
-           'copying_measures', 'rank_agreement', 'beside_printed']
+           'given_findings', 'prompt_finding', 'printed_cells', 'reference_sizes', 'bounded', 'split_floor',
+           'distribution_measures', 'scale_weights', 'ms_ssim', 'mean_likeness', 'nearest_training', 'copying_measures',
+           'rank_agreement', 'beside_printed']
 
 # %% ../nbs/34_generation_results.ipynb #b5e69db7
 import re
@@ -17,12 +17,13 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from scipy.spatial.distance import cdist
-from scipy.stats import rankdata, t
+from scipy.stats import rankdata
 from tqdm.auto import tqdm
 
 from .core import TABLE_COLUMNS, slug
 from .datasets import CONCEPTS
-from .metrics import alike_interval, disjoint_halves, frechet_distance, precision_recall_density_coverage
+from .intervals import alike_interval
+from .metrics import disjoint_halves, frechet_distance, precision_recall_density_coverage
 from .metrics import squared_mmd, window_mean
 
 # %% ../nbs/34_generation_results.ipynb #e1c99eac
@@ -181,28 +182,6 @@ def reference_sizes(
     control = min(n, (m - most + 1) // 2)
     if control < 2: raise ValueError(f"{m} real images, up to {most} of a patient: too few to split by patient")
     return control, m - control - most + 1
-
-# %% ../nbs/34_generation_results.ipynb #af52b321
-def jackknife(
-    statistic: Callable,  # of an index array per sample, to a list of numbers
-    units: Sequence[np.ndarray],  # per sample what was drawn: the patient of each image, or the image itself
-    blocks: int = 20,  # per sample, fewer where it has fewer units
-    level: float = 0.95,  # of the interval
-    seed: int = 0,  # of the blocks
-) -> np.ndarray:  # (3, numbers): value, low, high; ends are NaN where nothing varies or a number is undefined
-    "A statistic of independent samples with its delete-a-block jackknife interval, of Student's t."
-    everything, rng = [np.arange(len(u)) for u in units], np.random.default_rng(seed)
-    value, variance, fewest = np.array(statistic(*everything), float), 0.0, blocks
-    for side, own in enumerate(units):
-        names, unit = np.unique(own, return_inverse=True)
-        if len(names) < 2 or blocks < 2: raise ValueError(f"{len(names)} units in {blocks} blocks: 2 or more of both")
-        block = (rng.permutation(len(names)) % blocks)[unit]
-        keep = [[i[block != b] if at == side else i for at, i in enumerate(everything)] for b in np.unique(block)]
-        left = np.array([statistic(*kept) for kept in keep], float)
-        variance, fewest = variance + (len(left) - 1) * left.var(0), min(fewest, len(left))
-    reach = t.ppf((1 + level) / 2, fewest - 1) * np.sqrt(variance)
-    reach = np.where(reach > 1e-12, reach, np.nan)
-    return np.stack([value, value - reach, value + reach])
 
 # %% ../nbs/34_generation_results.ipynb #9613c819
 BOUNDS = {  # of a measure that is no share from 0 to 1
