@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from .classification import effusion_scores
 from .datasets import CONCEPTS, few_shot_candidates, only_finding
 from .generation import bounded
-from .intervals import group_mean_intervals, jackknife, spread
+from .intervals import group_mean_intervals, jackknife, mean_of_splits
 from .judges import features, probabilities
 from .metrics import frechet_distance
 from .stable_diffusion import load_pipeline, sample

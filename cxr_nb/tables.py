@@ -12,7 +12,7 @@ import pandas as pd
 
 from .core import TABLE_COLUMNS
 
-# %% ../nbs/02_tables.ipynb #0c1a2aab
+# %% ../nbs/02_tables.ipynb #b6f3c5e3
 def beside_published(
     measured: pd.DataFrame,  # row, column, measured, ci_low, ci_high, n, further columns
     printed: pd.DataFrame,  # row, column, published, further columns; cells are matched by all columns in common
@@ -20,7 +20,7 @@ def beside_published(
     columns: Iterable[str] | None = None,  # names in the order to show, likewise; unnamed ones come last
 ) -> pd.DataFrame:  # TABLE_COLUMNS, then further columns; a row per cell of either table
     "A table of the paper as printed and as measured (§3)."
-    table = measured.merge(printed.dropna(subset="published"), how="outer")
+    table = printed.dropna(subset="published").merge(measured, how="outer")
     orders = {"row": rows, "column": columns}
     for name, order in orders.items():
         known = dict.fromkeys([*measured[name], *printed[name]] if order is None else order)

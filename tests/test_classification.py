@@ -16,10 +16,10 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from cxr_nb.classification import (
-    COMPARISONS, SCORE_COLUMNS, domain_scores, drawn_sets, effusion_scores, gap_scores, gap_verdict, generated_images,
-    judge_differences, read_images, real_images, realness, sampling_units, table_5, unit_folds)
+    SCORE_COLUMNS, drawn_sets, effusion_scores, generated_images, judge_differences, read_images, real_images, sampling_units, table_5)
 from cxr_nb.core import TABLE_COLUMNS, published
 from cxr_nb.datasets import read_folder
+from cxr_nb.domain_gap import COMPARISONS, domain_scores, gap_scores, gap_verdict, realness, unit_folds
 from cxr_nb.judges import load_classifier, probabilities
 from cxr_nb.phantoms import write_phantoms
 
