@@ -24,9 +24,10 @@ from .caches import cached
 from .classification import effusion_scores
 from .cohorts import only_finding
 from .few_shot import CONCEPTS, few_shot_candidates
-from .generation import bounded, jackknife
+from .generation import bounded
+from .intervals import group_mean_intervals, jackknife, mean_of_splits
 from .judges import features, probabilities
-from .metrics import frechet_distance, group_mean_intervals
+from .metrics import frechet_distance
 from .stable_diffusion import load_pipeline, sample
 from .text_encoder import retrieval_scores
 from .trained_variants import RECORD_FILE, check_record, made_key, read_record, save_variant

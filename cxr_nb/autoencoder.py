@@ -19,10 +19,11 @@ from tqdm.auto import tqdm
 
 from .cohorts import apply_label_policy, hash_uniform
 from .images import load_radiograph, open_radiograph
-from .metrics import box_means, disjoint_halves, frechet_distance, psnr, rmse, score_differences
-from .metrics import score_intervals, ssim, ssim_map
+from .intervals import no_width, percentile_interval, score_differences, score_intervals, unit_samples
+from .metrics import box_means, disjoint_halves, frechet_distance, psnr, rmse, ssim, ssim_map
 from .stable_diffusion import decode, draw_latents, encode, gray, to_bytes
 from .tables import TABLE_COLUMNS
+from .results_tables import beside_published
 
 # %% ../nbs/23_autoencoder.ipynb #72d84f10
 def latent_seeds(
@@ -137,15 +138,15 @@ def _statistics(x):
 def _statistics_ends(x, units, draws, seed):
     "Ends of the 95 % intervals of STATISTICS, (2, 5, measures); raises ValueError for too few values."
     _, unit = np.unique(units, return_inverse=True)
-    members, rng, samples = [np.flatnonzero(unit == u) for u in range(unit.max() + 1)], np.random.default_rng(seed), []
-    for _ in range(draws):
-        drawn = np.concatenate([members[u] for u in rng.integers(len(members), size=len(members))])
+    members, samples = [np.flatnonzero(unit == u) for u in range(unit.max() + 1)], []
+    for sample in unit_samples(len(members), draws, seed):
+        drawn = np.concatenate([members[u] for u in sample])
         # a measure taken of few images may be missing from a draw
         if (~np.isnan(x[drawn])).sum(0).min() > 1: samples.append(_statistics(x[drawn])[:3])
     if len(samples) < draws / 2: raise ValueError("a measure was taken of too few images for an interval")
     ends = np.full((2, 5, x.shape[1]), np.nan)
-    ends[:, :3] = np.quantile(samples, [0.025, 0.975], axis=0)
-    ends[:, np.isclose(*ends, rtol=1e-9, atol=0)] = np.nan
+    ends[:, :3] = percentile_interval(samples)
+    ends[:, no_width(*ends)] = np.nan
     return ends
 
 # %% ../nbs/23_autoencoder.ipynb #fb22a132
@@ -164,11 +165,7 @@ def statistics_table(
     cells = cells.assign(**dict(zip(("measured", "ci_low", "ci_high"), statistics)))
     cells = cells.assign(n=cells.row.map(values.notna().sum()))
     given = printed.rename(columns={"metric": "row"}).melt("row", STATISTICS, "column", "published")
-    rows = [*values.columns, *(m for m in printed.metric if m not in values)]
-    order = pd.MultiIndex.from_product([rows, STATISTICS], names=["row", "column"])
-    table = given.merge(cells, how="outer", on=["row", "column"])
-    table = table.set_index(["row", "column"]).reindex(order).reset_index()
-    return table.assign(n=table.n.fillna(0).astype(int))[TABLE_COLUMNS]
+    return beside_published(cells, given, [*values.columns, *printed.metric], STATISTICS)[TABLE_COLUMNS]
 
 # %% ../nbs/23_autoencoder.ipynb #a21ebb52
 LABEL_TARGETS = {  # label of Tables 1 and 6 -> output of torchxrayvision's classifiers
@@ -229,7 +226,7 @@ def classification_table(
             part = label_rows(truth, *pair, rows.patient_id.to_numpy(), threshold, draws, seed)
         parts.append(part.assign(row=label))
     given = printed.rename(columns={"finding": "row"}).melt("row", var_name="column", value_name="published")
-    table = pd.concat(parts, ignore_index=True).merge(given, how="left", on=["row", "column"])
+    table = beside_published(pd.concat(parts, ignore_index=True), given)
     return table.reindex(columns=[*TABLE_COLUMNS, "positives", "note"])
 
 # %% ../nbs/23_autoencoder.ipynb #8c5325e2

@@ -167,8 +167,8 @@ def image_problems(
     "Check image files in parallel, with a progress bar."
     chunks = [paths[i : i + 64] for i in range(0, len(paths), 64)]
     what = "reading images" if decode else "looking for images"
-    found = thread_map(lambda chunk: [_problem(p, decode) for p in chunk], chunks, desc=what, unit="×64", leave=False)
-    return [problem for chunk in found for problem in chunk]
+    problems = thread_map(lambda chunk: [_problem(p, decode) for p in chunk], chunks, desc=what, unit="×64", leave=False)
+    return [problem for chunk in problems for problem in chunk]
 
 # %% ../nbs/02_images.ipynb #56bd83ac
 MIN_POLARITY = -0.2  # of a radiograph as it should be; noise stays within ±0.18
@@ -183,6 +183,7 @@ _PATTERN = (  # grey level, height from the top, distance from the midline, and 
 # %% ../nbs/02_images.ipynb #6bce27e5
 FLAT = 3.0  # grey levels: the spread of a row or column that shows nothing
 
+# %% ../nbs/02_images.ipynb #0e228ee6
 def _without_border(pixels):
     "Pixels without rows and columns at the edges that are flat, as a frame is that was put around an image later."
     inner = pixels
@@ -191,6 +192,7 @@ def _without_border(pixels):
         if len(alive): inner = inner.take(range(alive[0], alive[-1] + 1), axis=1 - axis)
     return inner
 
+# %% ../nbs/02_images.ipynb #e5b9c779
 def _across(pixels):
     "What varies from the midline outwards in a small square image, as a vector of length 1, or 0 where nothing does."
     pixels = pixels + pixels[:, ::-1]
@@ -269,7 +271,7 @@ def contact_sheet(
     for ax in axes.flat: ax.axis("off")
     for ax, image, title, colour in zip(axes.flat, pixels, titles, colours or ["black"] * len(pixels)):
         # a small image is shown pixel for pixel, a large one reduced without aliasing
-        how = "none" if max(image.shape) < 300 else "auto"
-        ax.imshow(image, cmap="gray", vmin=0, vmax=255, aspect="equal", interpolation=how)
+        interpolation = "none" if max(image.shape) < 300 else "auto"
+        ax.imshow(image, cmap="gray", vmin=0, vmax=255, aspect="equal", interpolation=interpolation)
         ax.set_title(title, fontsize=7, color=colour, loc="left")
     return figure

@@ -5,14 +5,13 @@
 # %% auto #0
 __all__ = ['SCORES', 'rmse', 'psnr', 'window_mean', 'ssim', 'ssim_map', 'box_means', 'FeatureStatistics', 'frechet_distance',
            'frechet_by_batches', 'disjoint_halves', 'frechet_floor', 'squared_mmd', 'kernel_distance',
-           'precision_recall_density_coverage', 'cosine_similarities', 'classification_scores', 'alike_interval',
-           'group_means', 'group_mean_intervals', 'score_intervals', 'score_differences']
+           'precision_recall_density_coverage', 'cosine_similarities', 'labelled_scores', 'weighted_scores',
+           'classification_scores']
 
 # %% ../nbs/01_metrics.ipynb #d6930bf3
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
-import pandas as pd
 from fastcore.basics import patch
 from tqdm.auto import tqdm
 
@@ -23,6 +22,7 @@ def _span(data_range):
         raise ValueError(f"data_range is the lowest and the highest possible value, e.g. (0, 255), not {data_range!r}")
     return data_range
 
+# %% ../nbs/01_metrics.ipynb #f8c026c8
 def _pair(a, b, data_range=None):
     "Two batches of images as floats; refused where they do not fit each other or their range."
     import torch  # here and below: measures of sets and of scores do without
@@ -36,8 +36,8 @@ def _pair(a, b, data_range=None):
         bad = ~x.isfinite() if data_range is None else ~((x >= data_range[0]) & (x <= data_range[1]))
         if not bad.any(): continue
         i = int(bad.flatten(1).any(1).nonzero()[0])
-        found = f"has values from {x[i].min():g} to {x[i].max():g}" if x[i].isfinite().all() else "is not finite"
-        raise ValueError(f"image {i} of the {name} batch {found}; expected {data_range or 'finite values'}")
+        result = f"has values from {x[i].min():g} to {x[i].max():g}" if x[i].isfinite().all() else "is not finite"
+        raise ValueError(f"image {i} of the {name} batch {result}; expected {data_range or 'finite values'}")
     return a, b
 
 # %% ../nbs/01_metrics.ipynb #3e71b181
@@ -49,6 +49,7 @@ def rmse(
     a, b = _pair(a, b)
     return (a - b).square().flatten(1).mean(1).sqrt()
 
+# %% ../nbs/01_metrics.ipynb #e4131729
 def psnr(
     a: "torch.Tensor",  # (n, h, w) or (n, c, h, w)
     b: "torch.Tensor",  # same shape and unit
@@ -67,6 +68,7 @@ def psnr(
 _WINDOW = np.exp(-((np.arange(11) - 5) ** 2) / (2 * 1.5**2))
 _WINDOW /= _WINDOW.sum()
 
+# %% ../nbs/01_metrics.ipynb #1dba29ad
 def window_mean(
     x: "torch.Tensor",  # (..., h, w)
 ) -> "torch.Tensor":  # (..., h - 10, w - 10)
@@ -79,6 +81,7 @@ def window_mean(
         x = total
     return x
 
+# %% ../nbs/01_metrics.ipynb #2c828165
 def _local_ssim(a, b, low, high):
     "SSIM where the window fits in: (n, c, h, w) to (n, c, h - 10, w - 10)."
     import torch
@@ -90,6 +93,7 @@ def _local_ssim(a, b, low, high):
     alike = (2 * mean_a * mean_b + 0.01**2) * (2 * covariance + 0.03**2)
     return alike / ((mean_a**2 + mean_b**2 + 0.01**2) * (variances + 0.03**2))
 
+# %% ../nbs/01_metrics.ipynb #4c41b92b
 def _in_blocks(a, b, data_range, reduce):
     "Apply `reduce(a, b, low, high)` to a few images at a time, so that the fields fit in memory at any n."
     import torch
@@ -130,6 +134,7 @@ def ssim_map(
         return x
     return _in_blocks(a, b, data_range, lambda x, y, *span: _local_ssim(mirrored(x), mirrored(y), *span).mean(1))
 
+# %% ../nbs/01_metrics.ipynb #529e43dd
 def box_means(
     values: "torch.Tensor",  # (n, h, w), e.g. a map of SSIM
     boxes: Sequence[Sequence],  # of each image, any number of (left, top, right, bottom) in pixels, ends excluded
@@ -138,8 +143,9 @@ def box_means(
     import torch
     if len(boxes) != len(values): raise ValueError(f"{len(values)} images but {len(boxes)} lists of boxes")
     inside = torch.zeros(values.shape, dtype=torch.bool, device=values.device)
-    for mask, own in zip(inside, boxes):
-        for left, top, right, bottom in own: mask[max(top, 0) : max(bottom, 0), max(left, 0) : max(right, 0)] = True
+    for mask, of_image in zip(inside, boxes):
+        for left, top, right, bottom in of_image:
+            mask[max(top, 0) : max(bottom, 0), max(left, 0) : max(right, 0)] = True
     mean = lambda mask: (values * mask).sum((1, 2)) / mask.sum((1, 2))
     return mean(inside), mean(~inside)
 
@@ -153,6 +159,7 @@ def _features(features):
     if not finite.all(): raise ValueError(f"features of image {np.argmin(finite)} are not finite")
     return x
 
+# %% ../nbs/01_metrics.ipynb #87606558
 class FeatureStatistics:
     "Count, mean and covariance of features that come in batches, in memory for one covariance matrix."
 
@@ -179,6 +186,14 @@ def _fit(self: FeatureStatistics, width):
     if not self.n: self.mean, self.scatter = np.zeros(width), np.zeros((width, width))
     if len(self.mean) != width: raise ValueError(f"{width} features after {len(self.mean)}: take one extractor")
 
+# %% ../nbs/01_metrics.ipynb #4a7c048e
+@patch(as_prop=True)
+def covariance(self: FeatureStatistics) -> np.ndarray:  # (d, d)
+    "Covariance, divided by n - 1; raises ValueError for fewer than two images."
+    if self.n < 2: raise ValueError(f"a covariance needs at least 2 images, not {self.n}")
+    return self.scatter / (self.n - 1)
+
+# %% ../nbs/01_metrics.ipynb #86e17b87
 @patch
 def merge(
     self: FeatureStatistics,
@@ -192,12 +207,6 @@ def merge(
     self.mean, self.n = self.mean + apart * other.n / total, total
     return self
 
-@patch(as_prop=True)
-def covariance(self: FeatureStatistics) -> np.ndarray:  # (d, d)
-    "Covariance, divided by n - 1; raises ValueError for fewer than two images."
-    if self.n < 2: raise ValueError(f"a covariance needs at least 2 images, not {self.n}")
-    return self.scatter / (self.n - 1)
-
 # %% ../nbs/01_metrics.ipynb #e53e838e
 def _moments(given):
     "Mean and a factor of the covariance, of statistics or of features."
@@ -210,6 +219,7 @@ def _moments(given):
     kept = variances > variances[-1] * len(variances) * np.finfo(float).eps
     return s.mean, directions[:, kept] * np.sqrt(variances[kept])
 
+# %% ../nbs/01_metrics.ipynb #e1c04e2e
 def frechet_distance(
     a: FeatureStatistics | np.ndarray,  # or (n, d) features
     b: FeatureStatistics | np.ndarray,  # or (m, d) features of the same extractor
@@ -240,8 +250,8 @@ def frechet_by_batches(
     if batch_size < 2 or not batches:
         raise ValueError(f"no batch of {batch_size} in sets of {len(a)} and {len(b)} images; at least 2 make a batch")
     parts = [slice(i * batch_size, (i + 1) * batch_size) for i in range(batches)]
-    found = [frechet_distance(a[p], b[p]) for p in parts]
-    return float(np.mean(found)), float(np.std(found, ddof=1)) if batches > 1 else np.nan
+    result = [frechet_distance(a[p], b[p]) for p in parts]
+    return float(np.mean(result)), float(np.std(result, ddof=1)) if batches > 1 else np.nan
 
 # %% ../nbs/01_metrics.ipynb #91f4fcc0
 def disjoint_halves(
@@ -263,6 +273,7 @@ def disjoint_halves(
         )
     return first, second
 
+# %% ../nbs/01_metrics.ipynb #ce1956e4
 def frechet_floor(
     features: np.ndarray,  # (n, d) of real images
     units: np.ndarray,  # (n,) the patient of each
@@ -282,14 +293,15 @@ def _cubic_kernel(p, q):
     k = p @ q.T / p.shape[1] + 1
     return k * k * k  # a power takes many times as long
 
+# %% ../nbs/01_metrics.ipynb #2caf3098
 def squared_mmd(
     a: np.ndarray,  # (n, d) features
     b: np.ndarray,  # (m, d) features of the same extractor
 ) -> float:
     "Unbiased squared maximum mean discrepancy of two sets under the cubic kernel (Bińkowski et al. 2018)."
     def within(p):
-        own = _cubic_kernel(p, p)
-        return (own.sum() - np.trace(own)) / (len(p) * (len(p) - 1))
+        reach_fake = _cubic_kernel(p, p)
+        return (reach_fake.sum() - np.trace(reach_fake)) / (len(p) * (len(p) - 1))
     return float(within(a) + within(b) - 2 * _cubic_kernel(a, b).mean())
 
 # %% ../nbs/01_metrics.ipynb #40fa2252
@@ -304,6 +316,7 @@ def _subset_sums(x, y, of_x, of_y, rows=512):
         total += (weights[0][:, start : start + rows] @ kernel * weights[1]).sum(1)
     return total
 
+# %% ../nbs/01_metrics.ipynb #d9171b31
 def _subset_mmds(a, b, of_a, of_b):
     "Squared discrepancy of each pair of subsets, (subsets, size) indices, in whichever way is less work."
     n, m, (subsets, size), width = len(a), len(b), of_a.shape, a.shape[1]
@@ -334,8 +347,8 @@ def kernel_distance(
         )
     draw = lambda x: rng.choice(len(x), subset_size, replace=False)
     of_a, of_b = map(np.array, zip(*((draw(a), draw(b)) for _ in range(subsets))))
-    found = _subset_mmds(a, b, of_a, of_b)
-    return float(np.mean(found)), float(np.std(found, ddof=1))
+    result = _subset_mmds(a, b, of_a, of_b)
+    return float(np.mean(result)), float(np.std(result, ddof=1))
 
 # %% ../nbs/01_metrics.ipynb #74831462
 def _distance_blocks(x, y, size=1024):
@@ -345,17 +358,19 @@ def _distance_blocks(x, y, size=1024):
         part = x[start : start + size]
         yield slice(start, start + size), np.sqrt(np.maximum((part**2).sum(1)[:, None] + squares - 2 * part @ y.T, 0))
 
+# %% ../nbs/01_metrics.ipynb #2ba87a8f
 def _radii(x, k):
     "Distance of each from its k-th neighbour, itself not counted."
     return np.concatenate([np.partition(block, k, axis=1)[:, k] for _, block in _distance_blocks(x, x)])
 
+# %% ../nbs/01_metrics.ipynb #d5c4f407
 def precision_recall_density_coverage(
     *,
     real: np.ndarray,  # (n, d) features
     fake: np.ndarray,  # (m, d) features of the same extractor
     k: int = 5,  # neighbours
 ) -> dict[str, float]:  # precision, recall, density (may exceed 1), coverage
-    """How many generated images look real, and how much of the real they show; in memory for 1,024 rows of distances.
+    """How many generated images look real, and settings much of the real they show; in memory for 1,024 rows of distances.
 
     Raises ValueError for other widths and where a set has no k neighbours.
     Source: Kynkäänniemi et al. 2019; Naeem et al. 2020.
@@ -364,16 +379,16 @@ def precision_recall_density_coverage(
     if real.shape[1] != fake.shape[1]: raise ValueError(f"{real.shape[1]} features against {fake.shape[1]}")
     if not 1 <= k < min(len(real), len(fake)):
         raise ValueError(f"no {k} neighbours in sets of {len(real)} and {len(fake)} images")
-    reach, own = _radii(real, k), _radii(fake, k)
+    reach, reach_fake = _radii(real, k), _radii(fake, k)
     balls, recalled, covered = [], np.zeros(len(real), bool), np.zeros(len(real), bool)
     for rows, apart in _distance_blocks(fake, real):
         inside = apart <= reach
         balls.append(inside.sum(1))
         covered |= inside.any(0)
-        recalled |= (apart <= own[rows, None]).any(0)
+        recalled |= (apart <= reach_fake[rows, None]).any(0)
     balls = np.concatenate(balls)
-    found = (balls > 0).mean(), recalled.mean(), balls.mean() / k, covered.mean()
-    return dict(zip(("precision", "recall", "density", "coverage"), map(float, found)))
+    result = (balls > 0).mean(), recalled.mean(), balls.mean() / k, covered.mean()
+    return dict(zip(("precision", "recall", "density", "coverage"), map(float, result)))
 
 # %% ../nbs/01_metrics.ipynb #79da4dcd
 def cosine_similarities(
@@ -390,7 +405,8 @@ def cosine_similarities(
 # %% ../nbs/01_metrics.ipynb #595cde50
 SCORES = ["auc", "accuracy", "f1", "precision", "recall", "prevalence"]
 
-def _labelled(labels, scores, threshold):
+# %% ../nbs/01_metrics.ipynb #ab8a6954
+def labelled_scores(labels, scores, threshold):
     "Labels and scores as floats; refused unless they are 0 or 1 and probabilities."
     labels, scores = (np.asarray(x.cpu() if hasattr(x, "cpu") else x, float) for x in (labels, scores))
     if labels.ndim != 1 or labels.shape != scores.shape or not len(labels):
@@ -403,7 +419,8 @@ def _labelled(labels, scores, threshold):
     if not 0 <= threshold <= 1: raise ValueError(f"threshold is {threshold:g}; scores are probabilities from 0 to 1")
     return labels, scores
 
-def _weighted_scores(labels, scores, threshold, weights):
+# %% ../nbs/01_metrics.ipynb #885f995c
+def weighted_scores(labels, scores, threshold, weights):
     "SCORES of images that count `weights` (draws, n) times: (draws, 6), NaN where undefined."
     order = np.argsort(scores, kind="stable")
     labels, scores, weights = labels[order], scores[order], weights[:, order]
@@ -427,8 +444,8 @@ def classification_scores(
     Raises ValueError for labels other than 0 and 1, scores that are no
     probabilities, and other lengths.
     """
-    labels, scores = _labelled(labels, scores, threshold)
-    values = _weighted_scores(labels, scores, threshold, np.ones((1, len(labels))))[0]
+    labels, scores = labelled_scores(labels, scores, threshold)
+    values = weighted_scores(labels, scores, threshold, np.ones((1, len(labels))))[0]
     reasons = {
         "no image is positive: no AUC and recall": not labels.any(),
         "no image is negative: no AUC": labels.all(),
@@ -437,168 +454,3 @@ def classification_scores(
     why = "; ".join(reason for reason, holds in reasons.items() if holds)
     counts = {"n": len(labels), "positives": int(labels.sum()), "undefined": why}
     return dict(zip(SCORES, map(float, values))) | counts
-
-# %% ../nbs/01_metrics.ipynb #95dd9b80
-def _no_width(low, high):
-    "Whether the two ends are one, but for rounding."
-    return high - low <= 1e-12 + 1e-9 * max(abs(low), abs(high))
-
-def alike_interval(
-    value: float,  # the mean, which is the same in every unit
-    units: int,  # independent ones that enter it: patients, noises, pairs
-    bounds: tuple[float, float] | None = (0, 1),  # of what is averaged; None: it has none
-    level: float = 0.95,  # of the interval
-) -> tuple[float, float]:  # its ends; NaN for fewer than 2 units or without bounds
-    "Interval of a mean where all units are alike and a bootstrap has no width; at 0 and 1 that of Clopper and Pearson."
-    if units < 2 or bounds is None or np.isnan(value): return np.nan, np.nan
-    least, most = bounds
-    differ = 1 - ((1 - level) / 2) ** (1 / units)
-    return value - differ * (value - least), value + differ * (most - value)
-
-# %% ../nbs/01_metrics.ipynb #0b9af97f
-def group_means(
-    values: np.ndarray,  # (n,) one number per observation
-    groups: np.ndarray,  # (n,) the group of each
-    order: list,  # the groups to report, in this order
-    weights: np.ndarray | None = None,  # (n,) how often each observation counts; once by default
-) -> np.ndarray:  # (len(order) + 2,): each group's mean, their macro average, the overall mean
-    "Weighted means by group, their macro average over the groups present, and the mean of all."
-    weights = np.ones(len(values)) if weights is None else weights
-    codes = pd.Index(order).get_indexer(groups)
-    if (codes < 0).any(): raise ValueError(f"group '{groups[codes < 0][0]}' is not among {list(order)}")
-    count = np.bincount(codes, weights, len(order))
-    total = np.bincount(codes, weights * values, len(order))
-    means = np.divide(total, count, out=np.full(len(order), np.nan), where=count > 0)
-    return np.array([*means, np.nanmean(means), total.sum() / count.sum()])
-
-# %% ../nbs/01_metrics.ipynb #bc81fb7d
-def group_mean_intervals(
-    values: np.ndarray,  # (n,) one number per observation
-    groups: np.ndarray,  # (n,) the group of each, e.g. the abnormality
-    units: np.ndarray,  # (n,) what was sampled: the patient of each observation
-    order: list,  # the groups to report, in this order
-    draws: int = 2000,  # bootstrap samples
-    level: float = 0.95,  # of the interval, between 0 and 1
-    seed: int = 0,  # of the resampling
-    bounds: tuple[float, float] | None = None,  # lowest and highest possible value, for where all are alike
-) -> pd.DataFrame:  # index: groups, "Macro", "Overall"; columns: mean, ci_low, ci_high, n
-    """Means by group with percentile bootstrap intervals that resample `units`; `alike_interval` where nothing varies.
-
-    A group of a single unit has no interval. Raises ValueError where arrays differ in length or are empty. Source: Efron
-    and Tibshirani, An Introduction to the Bootstrap, 1993, chapters 8 and 13.
-    """
-    values, groups, units = np.asarray(values, float), np.asarray(groups), np.asarray(units)
-    if not len(values) == len(groups) == len(units) > 0:
-        raise ValueError(
-            f"values, groups and units must be as long as each other and not empty: {len(values)}, {len(groups)}, {len(units)}"
-        )
-    if draws < 2: raise ValueError(f"an interval needs at least 2 draws, not {draws}")
-    _, unit = np.unique(units, return_inverse=True)
-    rng, n_units = np.random.default_rng(seed), unit.max() + 1
-    samples = [
-        group_means(values, groups, order, np.bincount(rng.integers(n_units, size=n_units), minlength=n_units)[unit])
-        for _ in range(draws)
-    ]
-    low, high = np.nanquantile(samples, [(1 - level) / 2, (1 + level) / 2], axis=0)
-    n, means = [int((groups == g).sum()) for g in order], group_means(values, groups, order)
-    of_group = [len(np.unique(unit[groups == g])) for g in order]
-    fewest = min(count for count in of_group if count)
-    # a macro average over groups of other patients rests on all of them, but no group counts for more than the smallest
-    macro = min(fewest * np.count_nonzero(of_group), n_units)
-    for i, count in enumerate([*of_group, macro, n_units]):
-        if _no_width(low[i], high[i]): low[i], high[i] = alike_interval(means[i], count, bounds, level)
-    return pd.DataFrame(
-        {"mean": means, "ci_low": low, "ci_high": high, "n": [*n, sum(n), sum(n)]}, index=[*order, "Macro", "Overall"],
-    )
-
-# %% ../nbs/01_metrics.ipynb #29ba212c
-def _draws(units, draws, level, seed) -> Iterator[np.ndarray]:
-    "How often each image counts when units are drawn anew, some draws at a time: (block, n)."
-    if draws < 2 or not 0 < level < 1:
-        raise ValueError(f"an interval needs 2 draws or more and a level within 0 and 1, not {draws} and {level}")
-    _, unit = np.unique(units, return_inverse=True)
-    rng, n_units = np.random.default_rng(seed), unit.max() + 1
-    size = max(1, 2**20 // len(unit))
-    for start in range(0, draws, size):
-        yield rng.multinomial(n_units, np.full(n_units, 1 / n_units), min(size, draws - start))[:, unit]
-
-def _percentiles(samples, level):
-    "Ends of the interval and the number of draws they rest on, per column of (draws, scores)."
-    defined = (~np.isnan(samples)).sum(0)
-    ends = np.full((2, len(defined)), np.nan)
-    ends[:, defined > 0] = np.nanquantile(samples[:, defined > 0], [(1 - level) / 2, (1 + level) / 2], axis=0)
-    return ends, defined
-
-# %% ../nbs/01_metrics.ipynb #f2a8b7fc
-def _score_units(labels, called, units):
-    "Independent units that enter each of SCORES; for an AUC pairs of them."
-    count = lambda mask: len(np.unique(np.asarray(units)[mask]))
-    negative, positive, both = count(labels == 0), count(labels == 1), count(labels >= 0)
-    pairs = min(negative, positive, both // 2)
-    return np.array([pairs, both, count(called | (labels == 1)), count(called), positive, both])
-
-def _alike_score(name, value, units, bounds, level):
-    "Ends of a score, or with bounds from -1 of a difference of two, that is the same in every unit."
-    if name != "f1": return alike_interval(value, units, bounds, level)
-    if bounds[0] < 0:
-        reach = alike_interval(0.0, units, bounds, level)[1] if abs(value) < 1e-12 else np.nan
-        return -2 * reach / (1 + reach), 2 * reach / (1 + reach)
-    low, high = alike_interval(value / (2 - value), units, bounds, level)
-    return 2 * low / (1 + low), 2 * high / (1 + high)
-
-def _score_ends(names, value, samples, units, bounds, level):
-    "Percentile interval of each score, the exact one where nothing varies, none for a single unit."
-    ends, defined = _percentiles(samples, level)
-    alike = np.array([_no_width(*pair) for pair in ends.T]) & (units > 1)
-    ends[:, units < 2] = np.nan
-    for i in np.flatnonzero(alike): ends[:, i] = _alike_score(names[i], value[i], units[i], bounds, level)
-    return {"ci_low": ends[0], "ci_high": ends[1], "draws": defined, "units": units, "alike": alike}
-
-# %% ../nbs/01_metrics.ipynb #75b089aa
-def score_intervals(
-    labels: np.ndarray,  # (n,) 0 or 1
-    scores: np.ndarray,  # (n,) probabilities
-    threshold: float,  # an image is called positive at this score and above
-    units: np.ndarray,  # (n,) what was sampled: the patient of each image
-    draws: int = 2000,  # bootstrap samples
-    level: float = 0.95,  # of the interval, between 0 and 1
-    seed: int = 0,  # of the resampling
-) -> pd.DataFrame:  # SCORES by value, ci_low, ci_high, draws (in which it is defined), units, alike, n, positives
-    """Classification scores with percentile bootstrap intervals over units, exact ones where nothing varies.
-
-    `units` is how many enter the score, of an AUC the pairs without a unit in common;
-    below 2 there is no interval; `alike`, whether it is exact. Raises what `classification_scores` does.
-    """
-    labels, scores = _labelled(labels, scores, threshold)
-    if len(units) != len(labels): raise ValueError(f"{len(labels)} images but {len(units)} units")
-    value = _weighted_scores(labels, scores, threshold, np.ones((1, len(labels))))[0]
-    samples = [_weighted_scores(labels, scores, threshold, w) for w in _draws(units, draws, level, seed)]
-    enter = _score_units(labels, scores >= threshold, units)
-    found = {"value": value} | _score_ends(SCORES, value, np.concatenate(samples), enter, (0, 1), level)
-    return pd.DataFrame(found, index=SCORES).assign(n=len(labels), positives=int(labels.sum()))
-
-def score_differences(
-    labels: np.ndarray,  # (n,) 0 or 1
-    before: np.ndarray,  # (n,) probabilities, e.g. of the originals
-    after: np.ndarray,  # (n,) probabilities for the same images changed, e.g. reconstructed
-    threshold: float,  # an image is called positive at this score and above
-    units: np.ndarray,  # (n,) what was sampled: the patient of each image
-    draws: int = 2000,  # bootstrap samples
-    level: float = 0.95,  # of the interval, between 0 and 1
-    seed: int = 0,  # of the resampling
-) -> pd.DataFrame:  # before, after, difference, then as `score_intervals` has them; no prevalence
-    """What a change of the images does to each score, with an interval for the difference.
-
-    Both sides are scored on the same resampled patients: their scores go up and
-    down together, and the interval of the difference is the narrower for it.
-    """
-    labels, before = _labelled(labels, before, threshold)
-    labels, after = _labelled(labels, after, threshold)
-    if len(units) != len(labels): raise ValueError(f"{len(labels)} images but {len(units)} units")
-    def both(weights): return [_weighted_scores(labels, s, threshold, weights)[:, :-1] for s in (before, after)]
-    (was,), (now,) = both(np.ones((1, len(labels))))
-    samples = np.concatenate([np.subtract(*both(w)[::-1]) for w in _draws(units, draws, level, seed)])
-    enter, names = _score_units(labels, (before >= threshold) | (after >= threshold), units)[:-1], SCORES[:-1]
-    found = {"before": was, "after": now, "difference": now - was}
-    found |= _score_ends(names, now - was, samples, enter, (-1, 1), level)
-    return pd.DataFrame(found, index=names).assign(n=len(labels), positives=int(labels.sum()))

@@ -27,6 +27,7 @@ from tqdm.auto import tqdm
 
 from .caches import run_frozen
 from .checkpointing import checkpoints, tensors_hash
+from .intervals import bootstrap_weights, no_width, percentile_interval
 from .places import written_whole
 from .text_encoder import TextEncoder, provenance
 from .trained_variants import check_record, made_key, trained_variant
@@ -337,9 +338,9 @@ def projection_scores(
         r2 = 1 - np.divide(mse, variance, out=np.full_like(mse, np.nan), where=variance > 0)
         return np.stack([mse, cosine, r2], 1)
     value = scores(np.ones((1, n)))[0]
-    again = scores(np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), draws))
-    low, high = np.quantile(again, (0.025, 0.975), axis=0) if n >= 10 else np.full((2, 3), np.nan)
-    low, high = np.where(np.isclose(low, high, rtol=1e-9, atol=0), np.nan, [low, high])  # all texts alike
+    again = np.concatenate([scores(weights) for weights in bootstrap_weights(np.arange(n), draws, seed=seed)])
+    ends = percentile_interval(again) if n >= 10 else np.full((2, 3), np.nan)
+    low, high = np.where(no_width(*ends), np.nan, ends)  # all texts alike
     return pd.DataFrame({"measure": ["MSE", "cosine", "R²"], "value": value, "ci_low": low, "ci_high": high, "n": n})
 
 # %% ../nbs/25_textual_projection.ipynb #5599bcd0

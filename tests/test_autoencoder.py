@@ -8,9 +8,9 @@ from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from sklearn.metrics import accuracy_score, f1_score, roc_auc_score
 
-from cxr_nb.autoencoder import (
-    COLUMNS, LABEL_TARGETS, STATISTICS, boxes_at, classification_table, distances_across_patients, latent_seeds, mirrored,
-    pair_measures, reconstruct, reconstruct_all, statistics_table, text_measures)
+from cxr_nb.autoencoder import COLUMNS, LABEL_TARGETS, STATISTICS, boxes_at, classification_table
+from cxr_nb.autoencoder import distances_across_patients, latent_seeds, mirrored, pair_measures, reconstruct
+from cxr_nb.autoencoder import reconstruct_all, statistics_table, text_measures
 from cxr_nb.images import load_radiograph
 from cxr_nb.tables import TABLE_COLUMNS, published
 

@@ -15,9 +15,9 @@ from sklearn.model_selection import PredefinedSplit, cross_val_predict
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from cxr_nb.classification import (
-    COMPARISONS, SCORE_COLUMNS, domain_scores, drawn_sets, effusion_scores, gap_scores, gap_verdict, generated_images,
-    judge_differences, read_images, real_images, realness, sampling_units, table_5, unit_folds)
+from cxr_nb.classification import SCORE_COLUMNS, drawn_sets, effusion_scores, generated_images, judge_differences
+from cxr_nb.classification import read_images, real_images, sampling_units, table_5
+from cxr_nb.domain_gap import COMPARISONS, domain_scores, gap_scores, gap_verdict, realness, unit_folds
 from cxr_nb.folders import read_folder
 from cxr_nb.judges import load_classifier, probabilities
 from cxr_nb.phantoms import write_phantoms

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from cxr_nb import generation
-from cxr_nb.classification import gap_scores
-from cxr_nb.generation import MEASURES, copying_measures, distribution_measures, jackknife, mean_likeness, ms_ssim
+from cxr_nb.domain_gap import gap_scores
+from cxr_nb.generation import MEASURES, copying_measures, distribution_measures, mean_likeness, ms_ssim
 from cxr_nb.generation import nearest_training, reference_sizes, split_floor
+from cxr_nb.intervals import jackknife
 from cxr_nb.metrics import disjoint_halves, precision_recall_density_coverage
 
 REPEATS = 60

@@ -19,12 +19,11 @@ from torchmetrics.image.fid import FrechetInceptionDistance, NoTrainInceptionV3
 from torchmetrics.image.kid import KernelInceptionDistance, poly_mmd
 
 from cxr_nb import judges, metrics
+from cxr_nb.intervals import alike_interval, group_mean_intervals, score_differences, score_intervals
 from cxr_nb.judges import features, layer_features, load_classifier, load_extractor, probabilities
-from cxr_nb.metrics import (
-    SCORES, FeatureStatistics, alike_interval, classification_scores, disjoint_halves, frechet_by_batches, frechet_distance,
-    frechet_floor, group_mean_intervals, kernel_distance, precision_recall_density_coverage, psnr, rmse, score_differences, score_intervals,
-    squared_mmd, ssim, ssim_map,
-)
+from cxr_nb.metrics import FeatureStatistics, SCORES, classification_scores, disjoint_halves, frechet_by_batches
+from cxr_nb.metrics import frechet_distance, frechet_floor, kernel_distance, precision_recall_density_coverage, psnr
+from cxr_nb.metrics import rmse, squared_mmd, ssim, ssim_map
 
 PUBLISHED = "densenet121-res224-all"
 torch.set_num_threads(1)  # two files of tests run at once, and threads that wait for one another double their time

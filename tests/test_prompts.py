@@ -1,8 +1,8 @@
 "What a prompt asks for, by hand: Table 4 picks its real images by it."
 import pytest
 
-from cxr_nb.generation import given_findings, prompt_finding
 from cxr_nb.places import slug
+from cxr_nb.prompts import given_findings, prompt_finding
 from cxr_nb.tables import published
 
 EFFUSION, NONE, REFUSED = "pleural effusion", "no finding", "is not clear from"
@@ -130,7 +130,6 @@ def test_printed_prompts_keep_their_finding():
 
 def test_a_person_can_say_it():
     prompt = "A blunted angle, possible effusion"
-    assert prompt_finding(prompt, [f"{prompt} = no finding"]) == prompt_finding(slug(prompt), [f"{prompt} = no finding"]) == NONE
-    assert prompt_finding("a = b", ["a = b = pleural effusion"]) == EFFUSION
-    for line in ("no equals sign", "a prompt = edema", "= no finding"):
-        with pytest.raises(ValueError, match="write a prompt = no finding or pleural effusion"): given_findings([line])
+    assert prompt_finding(prompt, {prompt: "no finding"}) == prompt_finding(slug(prompt), {prompt: "no finding"}) == NONE
+    assert prompt_finding("a = b", {"a = b": "pleural effusion"}) == EFFUSION
+    with pytest.raises(ValueError, match="findings: 'a prompt': 'edema' is neither no finding nor pleural effusion"): given_findings({"a prompt": "edema"})
