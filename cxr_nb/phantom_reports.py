@@ -85,7 +85,8 @@ def _phrase(group, rng):
         "cm": f"{2 * (0.55 + 2.2 * f.size):.1f}",
     }
     phrase = str(rng.choice(PHRASES[f.name])).format(**words)
-    return phrase.replace("the bilateral", "both").replace("a bilateral", "bilateral").replace("on both", "on both sides")
+    phrase = phrase.replace("the bilateral", "both").replace("a bilateral", "bilateral")
+    return phrase.replace("on both", "on both sides")
 
 # %% ../nbs/02_phantom_reports.ipynb #107862a0
 def _sentence(text):
