@@ -12,7 +12,8 @@ import torchxrayvision as xrv
 from torch import nn
 
 from cxr_nb.judges import load_classifier, probabilities
-from cxr_nb.miniature import JUDGES, PARTS, TARGETS, changed_files, fit, made, make_miniature
+from cxr_nb.miniature import PARTS, changed_files, fit, made, make_miniature
+from cxr_nb.small_models import JUDGES, TARGETS
 from cxr_nb.text_encoder import embed, load_text_encoder
 
 MINIATURE = Path(str(resources.files("cxr_nb"))) / "miniature"
