@@ -203,9 +203,8 @@ def _published_classifier(name):
     saved = _opened(path, what, weights_only=False, pickle_module=_READER)
     model = models.DenseNet(weights=None)
     try:
-        model.load_state_dict({k: v for k, v in saved.state_dict().items() if k != "op_threshs"})
-        check_finite(model, "weights")
-    except (AttributeError, RuntimeError, ValueError) as error:
+        fill_network(model, {k: v for k, v in saved.state_dict().items() if k != "op_threshs"}, "weights")
+    except (AttributeError, ValueError) as error:
         why = " ".join(str(error).split())[:160]
         raise ValueError(f"{what}: {path} holds no DenseNet-121 ({why}); delete it and download it again") from None
     model.op_threshs = torch.tensor(published["op_threshs"])
@@ -220,10 +219,8 @@ def _local_classifier(folder, name):
     try: model = build_classifier(config)
     except Exception as error:  # values that are no shape show as any
         raise ValueError(f"{what}: config.json describes no DenseNet ({type(error).__name__}: {error})") from None
-    try:
-        model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in load_file(path).items()})
-        check_finite(model, "weights")
-    except (RuntimeError, SafetensorError, ValueError) as error:
+    try: fill_network(model, load_file(path), "weights")
+    except (SafetensorError, ValueError) as error:
         why = " ".join(str(error).split())[:200]
         raise ValueError(f"{what}: model.safetensors does not fit config.json or is not whole ({why})") from None
     return Classifier(name, model, list(config["targets"]), config["image_size"], sha256(path))

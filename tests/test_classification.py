@@ -15,10 +15,11 @@ from sklearn.model_selection import PredefinedSplit, cross_val_predict
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from cxr_nb.classification import SCORE_COLUMNS, drawn_sets, effusion_scores, generated_images, judge_differences
+from cxr_nb.classification import SCORE_COLUMNS, effusion_scores, generated_images, judge_differences
 from cxr_nb.classification import read_images, real_images, sampling_units, table_5
 from cxr_nb.domain_gap import COMPARISONS, domain_scores, gap_scores, gap_verdict, realness, unit_folds
 from cxr_nb.folders import read_folder
+from cxr_nb.image_sets import image_set
 from cxr_nb.judges import load_classifier, probabilities
 from cxr_nb.phantoms import write_phantoms
 from cxr_nb.tables import TABLE_COLUMNS, published
@@ -169,12 +170,8 @@ def test_the_finding_alone_does_not_tell_domains_apart():
     assert far.measured[["domain", "domain, negatives", "domain, positives"]].min() > 0.95
 
 
-def test_images_are_those_the_records_name(tmp_path):
-    record = {"notebook": "27", "parameters": {"variants": ["A, with b", "A, with c"], "steps": 3},
-              "results": {"images": [{"variant": "A, with b", "folder": "images/unet/a_with_b/p", "n": 2}, {"folder": "images/unet/a_with_c/p", "n": 1}],
-                          "other": {"folder": "elsewhere"}, "n": [1, 2]}}
-    sets = drawn_sets(record)
-    assert sets.variant.tolist() == ["A, with b", "A, with c"] and sets.n.tolist() == [2, 1]
+def test_images_are_those_the_lists_name(tmp_path):
+    sets = pd.DataFrame([image_set("unet", "A, with b", "p", 0, 2), image_set("unet", "A, with c", "p", 0, 1)]).assign(method="unet")
     for name in ("a_with_b/p/0000", "a_with_b/p/0001", "a_with_c/p/0000", "an_old_variant/p/0000"):
         path = tmp_path / f"images/unet/{name}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -185,7 +182,7 @@ def test_images_are_those_the_records_name(tmp_path):
     Image.new("RGB", (40, 48)).save(tmp_path / found.path[1])
     with pytest.raises(ValueError, match="a_with_b/p: images of 2 sizes"): read_images([tmp_path / path for path in found.path[:2]])
     (tmp_path / found.path[1]).unlink()
-    with pytest.raises(ValueError, match="a_with_b/p: holds 1 images, its record says 2; draw them again"): generated_images(tmp_path, sets)
+    with pytest.raises(ValueError, match="a_with_b/p: holds 1 images, sets.csv says 2; draw them again"): generated_images(tmp_path, sets)
 
 
 class Writer(torch.nn.Module):
@@ -269,13 +266,8 @@ def test_a_set_of_more_images_than_four_digits_count(tmp_path):
     place, n = tmp_path / "images/unet/v/no", 10001
     place.mkdir(parents=True)
     for i in range(n): (place / f"{i:04}.png").touch()
-    sets = pd.DataFrame([["unet", "v", "no", "images/unet/v/no", n]], columns=["method", "variant", "prompt", "folder", "n"])
+    sets = pd.DataFrame([["unet", "v", "no", "images/unet/v/no", n]], columns=["method", "variant", "prompt", "path", "n"])
     found = generated_images(tmp_path, sets)
     assert len(found) == n and (found.path == [f"images/unet/v/no/{i:04}.png" for i in found.image]).all() and found.path.iloc[-1].endswith("/10000.png")
     (place / "0500.png").rename(place / "10001.png")
-    with pytest.raises(ValueError, match=r"holds 10001 images, its record says 10001; draw them again \(0500.png, 10001.png\)"): generated_images(tmp_path, sets)
-
-
-def test_a_variant_keeps_its_name_beside_a_prompt_with_the_same_letters():
-    record = {"notebook": "26", "parameters": {"variants": ["object, lung"], "prompts": ["Object lung", "b"]}, "results": [{"folder": "images/textual_inversion/object_lung/b", "n": 1}]}
-    assert drawn_sets(record).iloc[0].tolist() == ["textual_inversion", "object, lung", "b", "images/textual_inversion/object_lung/b", 1]
+    with pytest.raises(ValueError, match=r"holds 10001 images, sets.csv says 10001; draw them again \(0500.png, 10001.png\)"): generated_images(tmp_path, sets)

@@ -7,23 +7,18 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-<<<<<<< HEAD
+from cxr_nb.anatomy import Finding, Scene, draw_body, draw_exposure
 from cxr_nb.cohorts import CHEXPERT_LABELS, LABEL_POLICIES, single_label, with_splits
 from cxr_nb.few_shot import few_shot_candidates
 from cxr_nb.folders import read_folder
 from cxr_nb.impressions import impression_section
-from cxr_nb.phantoms import DEVICES, FREQUENCY, LABELS, MIDLINE, PHRASES, Finding, Scene, attenuation, draw_body, draw_exposure, draw_findings, mark, radiograph, report, write_phantom_reports, write_phantoms
 from cxr_nb.reports import report_texts, text_evaluation_set, wording
-=======
-from cxr_nb.anatomy import Finding, Scene, draw_body, draw_exposure
-from cxr_nb.datasets import CHEXPERT_LABELS, LABEL_POLICIES, few_shot_candidates, impression_section, read_folder, report_texts, single_label, text_evaluation_set, with_splits, wording
 from cxr_nb.film import mark
 from cxr_nb.findings import DEVICES, attenuation
 from cxr_nb.phantom_reports import PHRASES, report
 from cxr_nb.phantoms import FREQUENCY, LABELS, draw_findings, radiograph, write_phantom_reports, write_phantoms
 
 MIDLINE = ("Cardiomegaly", "Edema", "Enlarged Cardiomediastinum")  # findings without a side
->>>>>>> rb/main
 
 RNG = np.random.default_rng(8)
 BODY = draw_body(RNG)
