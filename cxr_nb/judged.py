@@ -15,8 +15,7 @@ import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
-from .classification import effusion_scores, judge_differences
-from .generation import METHODS
+from .classification import METHODS, effusion_scores, judge_differences
 
 # %% ../nbs/30_judged.ipynb #cc500b9d
 def chosen_variants(

@@ -4,13 +4,14 @@ import json
 import re
 from configparser import ConfigParser
 from importlib import metadata
+from statistics import median
 
 import pandas as pd
 import pytest
 from conftest import ROOT, tracked
 from packaging.requirements import Requirement
 
-from cxr_nb import places, profiles, runner
+from cxr_nb import graph, places, profiles, runner
 from cxr_nb.impressions import impression_section
 from cxr_nb.openi import read_openi
 
@@ -28,8 +29,40 @@ def cells(name, kind="code"):
 def test_notebook_reads_as_agreed(name):
     assert re.match(r"# \S.*\n> \S", cells(name, "markdown")[0]["text"]), "a title and a line that says what it is about"
     profiles.declared_parameters(name)
-    assert max(c["text"].count("\n") + 1 for c in cells(name)) <= 60
     assert not any(c["outputs"] or c["execution_count"] for c in cells(name)), "results belong to outputs/"
+
+
+def lines_of(cell): return sum(bool(line.strip()) and not line.startswith("#|") for line in cell["text"].split("\n"))
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_cells_are_small(name):
+    lengths = [lines_of(cell) for cell in cells(name)]
+    assert median(lengths) <= 6 and max(lengths) <= 40
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_an_export_cell_holds_one_definition(name):
+    for cell in cells(name):
+        if not cell["text"].startswith("#| export"): continue
+        kinds = [node for node in ast.parse(cell["text"]).body if isinstance(node, ast.FunctionDef | ast.ClassDef)]
+        assert len(kinds) < 2, cell["text"]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "cxr_nb").glob("[!_]*.py")), ids=lambda path: path.stem)
+def test_a_module_is_one_room(path): assert len(path.read_text().splitlines()) <= 500
+
+
+def test_files_are_declared_once():
+    "In a cell of each notebook of the report, and nowhere else."
+    declaring = {name for name in NOTEBOOKS for cell in cells(name) if "files" in cell["metadata"].get("tags", [])}
+    assert declaring == set(graph.graph("demo").declared)
+    assert len((ROOT / "Snakefile").read_text().splitlines()) <= 90
+    for name in NOTEBOOKS:
+        for cell in cells(name):
+            for call in ast.walk(ast.parse(re.sub(r"^[%!].*", "", cell["text"], flags=re.M))):
+                if isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute) and call.func.attr == "need":
+                    assert len(call.args) == 1, f"{name}: the graph knows who makes it: {ast.unparse(call)}"
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
