@@ -34,12 +34,15 @@ def suggestion(
 def notebook_named(
     text: str,  # "33_text_encoder_results", "nbs/33_text_encoder_results.ipynb", "33"
 ) -> str:  # its stem
-    """The notebook a person means: its name, else the one whose name begins so.
+    """The notebook a person means: its name, else the one whose name begins so, the report's before a room of that number.
 
     A folder before it and `.ipynb` do not count. Raises FileNotFoundError where there is none, ValueError where there are several.
     """
     known, name = source_names("", ".ipynb"), Path(text).name.removesuffix(".ipynb")
     fitting = [name] if name in known else [one for one in known if name and one.startswith(name)]
+    if len(fitting) > 1:
+        of_number = [one for one in fitting if one.split("_")[0] == name and tagged_cells(one, "files")]
+        fitting = of_number or fitting
     if len(fitting) == 1: return fitting[0]
     if fitting: raise ValueError(f"notebook {text}: there are {' and '.join(fitting)}; write more of the name")
     raise FileNotFoundError(f"notebook {text}: no file nbs/{name}.ipynb; there are {', '.join(known)}{suggestion(name, known)}")

@@ -13,6 +13,7 @@ from cxr_nb import profiles
 from cxr_nb.cells import EXTENDED, PROMPTS, generation_cells, method_cells, printed_cells, quality_cells, strategy
 from cxr_nb.discussion import FILES, UNTESTABLE, VERDICTS, blind_tables, printed_check, printed_figures, rests_on, verdict, world_of
 from cxr_nb.graph import graph
+from cxr_nb.image_sets import variant_name
 from cxr_nb.rules import REFERENCE, Estimate, decide, exact, expand, references
 
 FOLDER = ROOT / "cxr_nb/published"
@@ -215,7 +216,7 @@ def test_rules_name_strategies_that_the_report_draws():
     sections = profiles.load_profile("demo")
     drawn = {strategy("original", ""), strategy("real", "")}
     for method, notebook in {"textual_projection": "25_textual_projection", "textual_inversion": "26_textual_inversion", "unet": "27_unet_finetuning"}.items():
-        drawn |= {strategy(method, variant) for variant in sections[notebook]["variants"]}
+        drawn |= {strategy(method, variant_name(variant)) for variant in sections[notebook]["variants"]}
     printed = {row["method"] for row in raw("table_5")}
     for claim in RULED.values():
         for table, rows, column in references(claim["rule"]):

@@ -6,6 +6,7 @@ from configparser import ConfigParser
 from importlib import metadata
 from statistics import median
 
+import autopep8
 import pandas as pd
 import pytest
 from conftest import ROOT, tracked
@@ -39,6 +40,18 @@ def lines_of(cell): return sum(bool(line.strip()) and not line.startswith("#|") 
 def test_cells_are_small(name):
     lengths = [lines_of(cell) for cell in cells(name)]
     assert median(lengths) <= 6 and max(lengths) <= 40
+
+
+# blank lines and one-line statements are the author's; a long line is broken by hand
+LEFT_ALONE = ["E12", "E131", "E203", "E226", "E24", "E265", "E266", "E3", "E402", "E501", "E7", "W5", "W6"]
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_cells_are_formatted(name):
+    for cell in cells(name):
+        if re.search(r"^[%!]", cell["text"], flags=re.M): continue
+        formatted = autopep8.fix_code(cell["text"] + "\n", options={"max_line_length": 120, "ignore": LEFT_ALONE})
+        assert formatted.rstrip("\n") == cell["text"], "autopep8 writes it otherwise"
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)

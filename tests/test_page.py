@@ -32,7 +32,7 @@ def made_up(tmp_path, monkeypatch):
     files = [graph.Files([], ["tables/table_2.csv", "figures/chexpert_at_k*"]), graph.Files([], ["tables/miniature.csv", "figures/miniature_prompts.png"])]
     others = [name for section in page.sections() for name in section["notebooks"] if name not in profile]
     made = graph.Graph(dict(zip(profile, [*files, graph.Files([], [])])), {name: f"profile 'made' leaves {name} out" for name in others}, {})
-    for module in (graph, page): monkeypatch.setattr(module, "graph", lambda name: made)
+    for module in (core, graph, page): monkeypatch.setattr(module, "graph", lambda name: made)
 
     def leave(name, results, tables, figures, **parameters):
         run = core.Run(name, {"profile": "made", "__annotations__": {"profile": str}})

@@ -137,7 +137,7 @@ def test_unknown_profile_names_those_there_are(project, monkeypatch):
     (["99_smlal", "--profile", "tiny"], "; did you mean '99_small'?"),
     (["0", "--profile", "tiny"], "there are 00_commits and 00_core and "),
     (["", "--profile", "tiny"], "notebook : no file"),
-    (["01", "--profile", "tiny"], "notebook 01_metrics: the profile has no section 01_metrics; it has 03_phantoms, "),
+    (["01_metrics", "--profile", "tiny"], "notebook 01_metrics: the profile has no section 01_metrics; it has 03_phantoms, "),
     (["99", "--profile", "tiny", "-p", "k=5"], "-p k=5: write a name and a value, -p k 5"),
     (["99", "--profile", "tiny", "--parameter", "names=[a b]"], "-p names=[a b]: write a name and a value, -p names '[a b]'"),
     (["-p", "k=5", "99", "--profile", "tiny"], "-p k=5: write a name and a value, -p k 5"),
@@ -281,11 +281,11 @@ def test_a_base_that_is_none_is_refused(project, monkeypatch, text, message):
 
 
 @pytest.mark.parametrize("changes, message", [
-    ({"21_datasets": {"folders": ["Mine=data/mine"], "few_shot_source": "Mine"}}, "23_autoencoder reads 'Phantoms' (sources), and 21_datasets names 'Mine'"),
+    ({"21_datasets": {"folders": {"Mine": "data/mine"}, "few_shot_source": "Mine"}}, "23_autoencoder reads 'Phantoms' (sources), and 21_datasets names 'Mine'"),
     ({"27_unet_finetuning": {"variants": ["no findings and abnormality"]}}, "10_introduction reads 'no findings and abnormality, with prior' (shown_variant), and 27_unet_finetuning names"),
     ({"28_classification": {"judges": ["x/judge_c"]}}, "35_classification_results reads 'cxr_nb/miniature/classifiers/judge_a' (judge), and 28_classification names 'x/judge_c'"),
     ({"28_classification": {"drawn_by": ["22_stable_diffusion", "29_nothing"]}}, "28_classification reads '29_nothing' (drawn_by), and the report (with images) names '22_stable_diffusion'"),
-    ({"24_text_encoder": {"encoders": ["BERT=models/bert"]}}, "B_text_clusters reads 'Miniature CLIP' (figure_6), and 24_text_encoder names 'BERT'"),
+    ({"24_text_encoder": {"encoders": {"BERT": "models/bert"}}}, "B_text_clusters reads 'Miniature CLIP' (figure_6), and 24_text_encoder names 'BERT'"),
     ({"22_stable_diffusion": {"prompts": ["A chest"]}}, "10_introduction reads 'A photo of a lung xray' (negative_prompt), and 22_stable_diffusion names 'A chest'"),
 ])
 def test_a_profile_whose_parts_do_not_fit_is_refused_before_anything_runs(tmp_path, copy_project, monkeypatch, changes, message):
