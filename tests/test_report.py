@@ -39,8 +39,8 @@ def report(tmp_path_factory, copy_project, run_in):
     folders = tmp_path_factory.mktemp("checkpoints")
     for name, make in checkpoints.MAKERS.items(): make(folders / name)
     profile = copy / "nbs/profiles/smoke.yaml"
-    encoders = ", ".join(f"{name}={folders / name}" for name in checkpoints.MAKERS)
-    profile.write_text(profile.read_text().replace("encoders: []", f"encoders: [{encoders}]").replace('figure_8: ""', "figure_8: CXR-BERT-specialized"))
+    encoders = ", ".join(f"{name}: {folders / name}" for name in checkpoints.MAKERS)
+    profile.write_text(profile.read_text().replace("encoders: {}", f"encoders: {{{encoders}}}").replace('figure_8: ""', "figure_8: CXR-BERT-specialized"))
     done = run_in(copy, "cxr_nb", "report", "--profile", "smoke", "--cores", 2)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return copy
