@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['COMPONENTS', 'SCHEDULERS', 'components_folder', 'load_component', 'load_scheduler', 'load_pipeline',
            'components_record', 'vae_factor', 'encode', 'decode', 'generators', 'seeded_noise', 'draw_latents', 'gray',
-           'to_bytes', 'encoder_hidden_states', 'check_steps', 'sample', 'write_images', 'component_shapes',
+           'to_bytes', 'encoder_hidden_states', 'check_steps', 'sample', 'write_images', 'keep_set', 'component_shapes',
            'image_seeds']
 
 # %% ../nbs/22_stable_diffusion.ipynb #b37b6889
@@ -22,7 +22,8 @@ from tqdm.auto import tqdm
 
 from .checkpoints import choose_files, commit_of, files_in, find_checkpoint, in_one_line, load_network
 from .checkpoints import load_quietly, load_tokenizer, read_settings, split_place
-from .core import torch_device
+from .core import Run, torch_device
+from .image_sets import image_set
 from .judges import unit_images
 from .places import sha256, written_whole
 
@@ -336,6 +337,20 @@ def write_images(
         pixels = image.permute(1, 2, 0) if image.ndim == 3 else image
         with written_whole(path) as partial: Image.fromarray(pixels.numpy()).save(partial, "PNG")
     return paths
+
+# %% ../nbs/22_stable_diffusion.ipynb #54d397c3
+def keep_set(
+    run: Run,
+    method: str,  # the folder below images/
+    variant: str,
+    prompt: str,
+    images: torch.Tensor,  # (n, 3, h, w) uint8
+) -> dict:  # a row of the method's sets.csv
+    "Write a set of images and hash it into the run's record."
+    row = image_set(method, variant, prompt, run.parameters["seed"], len(images))
+    write_images(run.folder / row["path"], images)
+    run.keep(row["path"])
+    return row
 
 # %% ../nbs/22_stable_diffusion.ipynb #4ee39352
 def component_shapes(

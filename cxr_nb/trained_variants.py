@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RECORD_FILE', 'written_folder', 'write_record', 'check_record', 'read_record', 'made_key', 'save_variant',
-           'trained_variant', 'keep_set']
+           'trained_variant']
 
 # %% ../nbs/24_trained_variants.ipynb #9ae7a20c
 import hashlib
@@ -19,10 +19,8 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from .core import Run, device_name, peak_memory_mb
-from .image_sets import image_set
+from .core import device_name, peak_memory_mb
 from .places import sha256, written_whole
-from .stable_diffusion import write_images
 from .values import json_text
 
 # %% ../nbs/24_trained_variants.ipynb #8d05b7a3
@@ -143,17 +141,3 @@ def trained_variant(
     record = save_variant(folder, {"made_of": made_of, "results": results, **(details or {})}, log, write, name)
     if not keep_checkpoints: shutil.rmtree(place, ignore_errors=True)  # another run of the same may have ended first
     return record
-
-# %% ../nbs/24_trained_variants.ipynb #54d397c3
-def keep_set(
-    run: Run,
-    method: str,  # the folder below images/
-    variant: str,
-    prompt: str,
-    images: torch.Tensor,  # (n, 3, h, w) uint8
-) -> dict:  # a row of the method's sets.csv
-    "Write a set of images and hash it into the run's record."
-    row = image_set(method, variant, prompt, run.parameters["seed"], len(images))
-    write_images(run.folder / row["path"], images)
-    run.keep(row["path"])
-    return row
