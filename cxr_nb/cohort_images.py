@@ -9,6 +9,7 @@ __all__ = ['INVERTED', 'image_paths', 'looks_inverted', 'with_inverted', 'Cohort
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pandas as pd
@@ -16,6 +17,7 @@ from fastcore.basics import patch
 
 from .cohorts import CHEXPERT_LABELS, XRV_NAMES, apply_label_policy, is_frontal
 from .images import NEGATIVE, image_problems, inverted_images, load_radiograph
+from .profiles import Inverted
 
 # %% ../nbs/13_cohort_images.ipynb #2aa2f0da
 def _first_outside(root, paths):
@@ -53,7 +55,7 @@ def image_paths(
     return [path.with_name(path.name + mark) if mark else path for path, mark in zip(paths, marks)]
 
 # %% ../nbs/13_cohort_images.ipynb #0a0b286c
-INVERTED = ("refuse", "invert", "keep")  # what is done with images that look inverted
+INVERTED = get_args(Inverted)  # what is done with images that look inverted
 
 # %% ../nbs/13_cohort_images.ipynb #42a238a0
 def looks_inverted(

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pandas as pd
@@ -32,6 +33,7 @@ from tqdm.auto import tqdm
 
 from .checkpointing import TrainingState, checkpoints, random_states, remove_partials, restore_state, save_state
 from .checkpointing import set_random_states, stop_training
+from .profiles import Precision
 
 # %% ../nbs/02_training.ipynb #b90361f2
 SCHEDULES = {  # name -> share of the peak, by the part of the steps after warm-up that is done
@@ -73,7 +75,7 @@ class TrainingSettings:
             _require(name, getattr(self, name), getattr(self, name) > 0, "a number above 0")
         _require("ema", self.ema, 0 <= self.ema < 1, "0, or a decay below 1")
         for name, known in {
-            "schedule": SCHEDULES, "mixed_precision": ("no", "fp16", "bf16"), "device": ("auto", "cpu")
+            "schedule": SCHEDULES, "mixed_precision": get_args(Precision), "device": ("auto", "cpu")
         }.items():
             _require(name, getattr(self, name), getattr(self, name) in known, f"one of {', '.join(known)}")
 

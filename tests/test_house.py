@@ -5,6 +5,7 @@ import re
 from configparser import ConfigParser
 from importlib import metadata
 from statistics import median
+from typing import get_args
 
 import autopep8
 import pandas as pd
@@ -13,8 +14,11 @@ from conftest import ROOT, tracked
 from packaging.requirements import Requirement
 
 from cxr_nb import graph, places, profiles, runner
+from cxr_nb.cohorts import LABEL_POLICIES
 from cxr_nb.impressions import impression_section
 from cxr_nb.openi import read_openi
+from cxr_nb.stable_diffusion import SCHEDULERS
+from cxr_nb.training import SCHEDULES
 
 NOTEBOOKS = sorted(p.stem for p in (ROOT / "nbs").glob("*.ipynb"))
 PROFILES = sorted(p.stem for p in (ROOT / "nbs/profiles").glob("*.yaml"))
@@ -115,6 +119,12 @@ def test_no_code_of_a_checkpoint_is_run():
     for name, call in calls.items():
         said = {k.arg: ast.unparse(k.value) for k in call.keywords} if call else {}
         assert said.get("trust_remote_code") == "False", f"{name}: pass trust_remote_code=False"
+
+
+def test_a_choice_is_what_the_code_knows():
+    assert get_args(profiles.Schedule) == (*SCHEDULES,)
+    assert get_args(profiles.Sampler) == ("", *SCHEDULERS)
+    assert get_args(profiles.LabelPolicy) == (*LABEL_POLICIES,)
 
 
 @pytest.mark.parametrize("profile", PROFILES)
