@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['THRESHOLDS', 'CALLED', 'STYLES', 'chosen_variants', 'Judged', 'rows_by_auc', 'compare_judges', 'judges_sentence',
            'threshold_table', 'accuracy_leader', 'draw_roc', 'draw_rocs', 'draw_histogram', 'draw_histograms',
-           'extreme_rows', 'draw_levels', 'draw_thresholds', 'listed', 'disagreement']
+           'extreme_rows', 'draw_levels', 'draw_thresholds', 'in_a_row', 'disagreement']
 
 # %% ../nbs/30_judged.ipynb #a63da782
 from collections.abc import Sequence
@@ -261,7 +261,7 @@ def draw_thresholds(
     return figure
 
 # %% ../nbs/30_judged.ipynb #5651caa1
-def listed(
+def in_a_row(
     names: Sequence[str],
 ) -> str:
     "Names in a sentence; none where there are none."
@@ -274,4 +274,4 @@ def disagreement(
     "For which variants the judges' verdicts differ."
     split = verdicts[verdicts.nunique(axis=1) > 1]
     kinds = [f"{row} ({', '.join(f'{judge}: {verdict}' for judge, verdict in one.items())})" for row, one in split.iterrows()]
-    return f"the judges' verdicts differ for {len(split)} of {len(verdicts)} variants: {listed(kinds)}"
+    return f"the judges' verdicts differ for {len(split)} of {len(verdicts)} variants: {in_a_row(kinds)}"

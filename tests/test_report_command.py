@@ -12,7 +12,7 @@ import nbformat
 import psutil
 import pytest
 
-from cxr_nb import core, processes
+from cxr_nb import processes
 
 SNAKEFILE = """
 PROFILE = config["profile"].removesuffix(".yaml")
