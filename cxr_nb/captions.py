@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 
 from .files import not_the_data_set, refuse_no_file
 from .impressions import FILLERS
+from .values import message_of
 
 # %% ../nbs/15_captions.ipynb #6938407f
 def _text_column(path, schema):
@@ -63,7 +64,7 @@ def _numbered_rows(parts, seed, batch_size):
                 yield rng.random(len(text)), np.arange(start, start + len(text)), part, text, caption, null, broken
                 start += len(text)
         except (pa.ArrowException, OSError) as error:
-            why = " ".join(str(error).split())
+            why = message_of(error)
             raise ValueError(f"{path}: not a whole parquet file ({why}); download it again") from None
 
 # %% ../nbs/15_captions.ipynb #b4b13f5b

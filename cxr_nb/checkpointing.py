@@ -21,6 +21,7 @@ from accelerate.utils import gather_object
 from torch import nn
 
 from .places import written_whole
+from .values import in_one_line
 
 # %% ../nbs/01_checkpointing.ipynb #e36a2a89
 def tensors_hash(
@@ -148,7 +149,7 @@ def _whole(path):
     "What a checkpoint holds; raises ValueError with the reason where it is not what was written."
     try: saved = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file shows as any of several errors
-        raise ValueError(f"{type(error).__name__}: {' '.join(str(error).split())[:100]}") from None
+        raise ValueError(f"{in_one_line(error, 100)}") from None
     if not isinstance(saved, dict) or saved.keys() ^ {"sha256", *_CONTENT}:
         raise ValueError("it lacks parts, or has others")
     if content_hash({key: saved[key] for key in _CONTENT}) != saved["sha256"]:

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['WEIGHTS', 'choose_files', 'files_in', 'split_place', 'package_folder', 'NotAsAnnounced', 'find_checkpoint',
-           'commit_of', 'in_one_line', 'read_settings', 'load_quietly', 'check_finite', 'load_network', 'read_tensors',
-           'fill_network', 'load_tokenizer']
+           'commit_of', 'read_settings', 'load_quietly', 'check_finite', 'load_network', 'read_tensors', 'fill_network',
+           'load_tokenizer']
 
 # %% ../nbs/03_checkpoints.ipynb #b054933c
 import json
@@ -28,6 +28,7 @@ from huggingface_hub.utils.sha import git_hash
 from safetensors.torch import load_file
 
 from .places import find_path, sha256, written_whole
+from .values import in_one_line, message_of
 
 # %% ../nbs/03_checkpoints.ipynb #46097809
 def choose_files(
@@ -330,14 +331,6 @@ def commit_of(
     "The hub's commit that a folder holds; None for a folder of another kind."
     return folder.name if folder.parent.name == "snapshots" else None
 
-# %% ../nbs/03_checkpoints.ipynb #ad92263c
-def in_one_line(
-    error: Exception,
-    most: int = 160,  # characters of its message
-) -> str:
-    "An error's name and the beginning of its message."
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:most]}"
-
 # %% ../nbs/03_checkpoints.ipynb #3e4adb41
 def read_settings(
     path: Path,  # config.json or one like it
@@ -424,7 +417,7 @@ def fill_network(
 ) -> torch.nn.Module:  # the same, for use and not for training
     "Give a network its weights; raises ValueError where some are missing, too many, do not fit or are not finite."
     try: model.load_state_dict(tensors)
-    except RuntimeError as error: raise ValueError(f"{what}: {' '.join(str(error).split())[:300]}") from None
+    except RuntimeError as error: raise ValueError(f"{what}: {message_of(error, 300)}") from None
     check_finite(model, what)
     return model.eval().requires_grad_(False)
 

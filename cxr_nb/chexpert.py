@@ -15,6 +15,7 @@ import pandas as pd
 from .cohorts import CHEXPERT_LABELS, as_cohort
 from .files import check_text, not_the_data_set, read_numbers, read_table
 from .files import refuse_duplicates, refuse_escapes, refuse_rows
+from .values import message_of
 
 # %% ../nbs/13_chexpert.ipynb #cd1416ea
 def _patient_folders(root, batches):
@@ -110,6 +111,6 @@ def chexpert_reports(
             for image, report in zip(paths[here], piece.report[here]):
                 if reports.setdefault(image, report) != report: raise ValueError(f"it has two reports of {image}")
     except (ValueError, OSError) as error:
-        why = " ".join(str(error).split()).removeprefix(f"{path}: ")
+        why = message_of(error).removeprefix(f"{path}: ")
         raise ValueError(f"{path}: not CheXpert Plus' table of reports ({why})") from None
     return reports

@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 
 from .files import check_text
+from .values import message_of
 
 # %% ../nbs/12_cohorts.ipynb #abe583ec
 CHEXPERT_LABELS = [
@@ -48,7 +49,7 @@ def read_cohort(
     check_text(path)
     try: cohort = pd.read_csv(path, dtype=text, keep_default_na=False, na_values={c: [""] for c in _NUMBERS})
     except ValueError as error:
-        raise ValueError(f"{path}: not a cohort table ({' '.join(str(error).split())})") from None
+        raise ValueError(f"{path}: not a cohort table ({message_of(error)})") from None
     missing = [c for c in COHORT_COLUMNS if c not in cohort]
     if missing: raise ValueError(f"{path}: not a cohort table, column '{missing[0]}' is missing")
     return cohort

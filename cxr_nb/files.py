@@ -27,6 +27,7 @@ import pyarrow as pa
 import pyarrow.csv
 
 from .images import DICOM, first_dicom
+from .values import message_of
 
 # %% ../nbs/11_files.ipynb #ed0d3880
 def refuse_no_file(path):
@@ -65,7 +66,7 @@ def table_errors(path):
     except (pa.ArrowInvalid, OSError, EOFError, zlib.error) as error:
         if "invalid UTF8" in str(error):
             raise ValueError(f"{path}: is not UTF-8 text; save it as UTF-8 ({error})") from None
-        raise ValueError(f"{path}: not a readable CSV file ({' '.join(str(error).split())[:200]})") from None
+        raise ValueError(f"{path}: not a readable CSV file ({message_of(error, 200)})") from None
 
 # %% ../nbs/11_files.ipynb #784666e8
 _ONE_THREAD = pa.csv.ReadOptions(use_threads=False)  # with several, errors do not name the row

@@ -8,7 +8,7 @@ __all__ = ['HELPERS', 'APART', 'figures', 'sheets', 'model_slug', 'setting', 'ma
 
 # %% ../nbs/00_graph.ipynb #84775c26
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from graphlib import CycleError, TopologicalSorter
@@ -16,6 +16,7 @@ from pathlib import PurePath
 
 from .places import slug
 from .profiles import left_out_by, resolve_all, resolve_parameters, tagged_cells
+from .values import in_one_line
 
 # %% ../nbs/00_graph.ipynb #97775ed0
 def figures(
@@ -110,7 +111,7 @@ def declared_files(
     if len(cells) != 1: raise ValueError(f"notebook {notebook}: {len(cells)} cells tagged 'files', expected one")
     try: exec(cells[0], names)
     except Exception as error:
-        raise ValueError(f"{where}: {type(error).__name__}: {' '.join(str(error).split())}") from None
+        raise ValueError(f"{where}: {in_one_line(error, None)}") from None
     for name in ("reads", "writes"):
         if not _is_list_of_text(names.get(name)): raise ValueError(f"{where} gives no list of text named {name}")
     return Files(names["reads"], names["writes"])

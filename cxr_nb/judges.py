@@ -25,9 +25,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
-from .checkpoints import fill_network, find_checkpoint, in_one_line, load_network, read_settings, split_place
+from .checkpoints import fill_network, find_checkpoint, load_network, read_settings, split_place
 from .core import torch_device
 from .places import find_path, sha256, written_whole
+from .values import in_one_line, message_of
 
 # %% ../nbs/04_judges.ipynb #d0ebfb92
 def unit_images(
@@ -205,7 +206,7 @@ def _published_classifier(name):
     try:
         fill_network(model, {k: v for k, v in saved.state_dict().items() if k != "op_threshs"}, "weights")
     except (AttributeError, ValueError) as error:
-        why = " ".join(str(error).split())[:160]
+        why = message_of(error, 160)
         raise ValueError(f"{what}: {path} holds no DenseNet-121 ({why}); delete it and download it again") from None
     model.op_threshs = torch.tensor(published["op_threshs"])
     return Classifier(name, model, list(published["labels"]), published["input_resolution"], sha256(path))
@@ -221,7 +222,7 @@ def _local_classifier(folder, name):
         raise ValueError(f"{what}: config.json describes no DenseNet ({type(error).__name__}: {error})") from None
     try: fill_network(model, load_file(path), "weights")
     except (SafetensorError, ValueError) as error:
-        why = " ".join(str(error).split())[:200]
+        why = message_of(error, 200)
         raise ValueError(f"{what}: model.safetensors does not fit config.json or is not whole ({why})") from None
     return Classifier(name, model, list(config["targets"]), config["image_size"], sha256(path))
 

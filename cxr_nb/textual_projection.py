@@ -32,6 +32,7 @@ from .places import written_whole
 from .text_encoder import TextEncoder, provenance
 from .trained_variants import check_record, made_key, trained_variant
 from .training import TrainingSettings, settings_record, train
+from .values import message_of
 
 # %% ../nbs/25_textual_projection.ipynb #ab3dae8a
 def read_captions(
@@ -44,7 +45,7 @@ def read_captions(
         if path.suffix == ".parquet": lines = pd.read_parquet(path, columns=["caption"]).caption
         else: lines = path.read_text(encoding="utf-8").splitlines()
     except (ValueError, OSError) as error:  # UnicodeDecodeError, and pyarrow's, are ValueErrors
-        why = " ".join(str(error).split())[:120]
+        why = message_of(error, 120)
         raise ValueError(f"captions: {path} is neither UTF-8 text nor parquet with a column caption ({why})") from None
     return [line.strip() for line in lines if line and line.strip()]
 

@@ -21,7 +21,7 @@ import torch
 
 from .core import device_name, peak_memory_mb
 from .places import sha256, written_whole
-from .values import json_text
+from .values import json_text, message_of
 
 # %% ../nbs/24_trained_variants.ipynb #8d05b7a3
 @contextmanager
@@ -90,7 +90,7 @@ def read_record(
         check_record(folder, record)
         return record
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        why = f"{name} is missing" if isinstance(error, FileNotFoundError) else " ".join(str(error).split())[:120]
+        why = f"{name} is missing" if isinstance(error, FileNotFoundError) else message_of(error, 120)
         warnings.warn(f"{folder}: is not a whole training ({why}); it is trained again")
 
 # %% ../nbs/24_trained_variants.ipynb #694b8fc0
