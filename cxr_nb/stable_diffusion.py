@@ -295,6 +295,7 @@ def sample(
     seeds: Sequence[int],  # one per image
     steps: int = 50,  # denoising steps
     guidance_scale: float = 7.5,  # 1: the prompt alone, without guidance
+    guidance_rescale: float = 0.0,  # 0 to 1: share of the guided estimate that is brought back to the unguided spread
     unconditional: str | torch.Tensor = "",  # what guidance leads away from; states of as many tokens as the prompt's
     size: int | None = None,  # pixels a side; what the U-Net was trained for by default
     batch_size: int = 8,  # images at a time
@@ -302,9 +303,10 @@ def sample(
     """Draw images (§2.2), for one prompt or for one each, with a progress bar over denoising steps.
 
     Raises ValueError for a prompt that is too long, prompts that are not as many
-    as seeds, steps the scheduler cannot take, a size the VAE cannot make, and
-    images that are not finite.
+    as seeds, steps the scheduler cannot take, a rescale beyond 0 to 1, a size the
+    VAE cannot make, and images that are not finite.
     """
+    if not 0 <= guidance_rescale <= 1: raise ValueError(f"guidance_rescale is {guidance_rescale}; it is from 0 to 1")
     evaluations = check_steps(pipeline.scheduler, steps)
     embeds = [_prompt_embeds(pipeline, one, len(seeds)) for one in (prompt, unconditional)]
     shape = _latent_shape(pipeline, size)
@@ -318,6 +320,7 @@ def sample(
             prompt_embeds, negative_prompt_embeds = (one.expand(len(random), -1, -1) for one in some)
             latents = pipeline(
                 height=side, width=side, num_inference_steps=steps, guidance_scale=guidance_scale,
+                guidance_rescale=guidance_rescale,
                 prompt_embeds=prompt_embeds,
                 negative_prompt_embeds=negative_prompt_embeds if guidance_scale > 1 else None,
                 latents=seeded_noise(shape, random).to(prompt_embeds.dtype), generator=random,
