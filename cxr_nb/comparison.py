@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SET', 'CLOSE', 'MARKERS', 'Comparison', 'split_real', 'compare_sets', 'set_rows', 'measured_rows', 'feature_rows',
-           'diversity_rows', 'pixel_rows', 'measure_table', 'extended_table', 'nearest_table', 'rank_table', 'best_set',
-           'sets_above', 'by_set', 'draw_image', 'draw_samples', 'draw_originals_and_synthetic', 'draw_nearest',
-           'draw_panel', 'draw_measures']
+           'diversity_rows', 'pixel_rows', 'measure_table', 'extended_table', 'over_trainings_table', 'nearest_table',
+           'rank_table', 'best_set', 'sets_above', 'by_set', 'draw_image', 'draw_samples', 'draw_pairs',
+           'draw_originals_and_synthetic', 'draw_nearest', 'draw_panel', 'draw_measures']
 
 # %% ../nbs/30_comparison.ipynb #b3de2507
 from collections.abc import Callable, Mapping, Sequence
@@ -22,10 +22,11 @@ from tqdm.auto import tqdm
 
 from .classification import KEYS
 from .few_shot import CONCEPTS
-from .generation import COPYING, MEASURES, beside_printed, bounded, copying_measures, distribution_measures
+from .generation import BOUNDS, COPYING, MEASURES, beside_printed, bounded, copying_measures, distribution_measures
 from .generation import mean_likeness, ms_ssim, nearest_training, rank_agreement, reference_sizes, split_floor
+from .image_sets import training_of
 from .images import open_radiograph
-from .intervals import jackknife, percentile_interval
+from .intervals import SPREAD, jackknife, percentile_interval, trainings_table
 from .metrics import disjoint_halves
 from .prompts import prompt_finding
 from .tables import TABLE_COLUMNS
@@ -206,9 +207,23 @@ def extended_table(
     "All measures of all sets, one row each."
     table = pd.concat(tables, ignore_index=True).dropna(subset="n_reference")
     table = table.assign(asked=table.column, column=table.measure + ", " + table.extractor)
+    table["training"] = [training_of(variant)[1] for variant in table.variant]
     numbers = table.select_dtypes("float")
     table[numbers.columns] = numbers.map("{:.6g}".format).astype(float)
     return table
+
+# %% ../nbs/30_comparison.ipynb #b9967bfc
+def over_trainings_table(
+    extended: pd.DataFrame,  # as `extended_table` gives it
+) -> pd.DataFrame:  # TABLE_COLUMNS, SET, extractor, measure, asked, trainings, SPREAD; a row per measure of a variant's prompt
+    "Means of all measures over the trainings of a variant."
+    names = ["method", "variant", "prompt", "extractor", "measure", "asked", "column"]
+    pairs = zip(extended.variant, extended.row)
+    firsts = {training_of(variant)[0]: row for variant, row in pairs if training_of(variant)[1] == 1}
+    named = extended.assign(variant=[training_of(variant)[0] for variant in extended.variant])
+    table = trainings_table(named, names, lambda one: BOUNDS.get(one.measure, (0, 1)))
+    table = table.assign(row=table.variant.map(firsts), published=np.nan)
+    return table[[*TABLE_COLUMNS, *names[:-1], "trainings", *SPREAD]]
 
 # %% ../nbs/30_comparison.ipynb #765dea9c
 def nearest_table(
@@ -314,26 +329,48 @@ def draw_samples(
         _label(axes[0, p * examples], 0, 1.08, fill(columns[prompt], 14 * examples), va="bottom")
     return figure
 
+# %% ../nbs/30_comparison.ipynb #ca7f0774
+def draw_pairs(
+    sets: Comparison,
+    folder: Path,  # of the profile
+    nearest: tuple[np.ndarray, np.ndarray],  # in pixels: each image's distance and nearest training image
+    above: Sequence,  # matplotlib axes of the images
+    below: Sequence,  # and of the training images that they are the likest to
+    positions: Sequence[int],  # of the images
+) -> None:
+    "Images above their nearest training images, with the MS-SSIM of each pair."
+    distance, training = nearest[0], sets.training[nearest[1]]
+    for ax, under, at in zip(above, below, positions):
+        draw_image(ax, folder / sets.images.path[at])
+        draw_image(under, folder / sets.images.path[training[at]])
+        ax.text(0, -4, f"{1 - distance[at]:.2f}", fontsize=7)
+
 # %% ../nbs/30_comparison.ipynb #57f07bc5
 def draw_originals_and_synthetic(
     sets: Comparison,
     folder: Path,  # of the profile
-    variant: str,  # of the U-Net
+    nearest: tuple[np.ndarray, np.ndarray],  # in pixels: each image's distance and nearest training image
+    variants: Mapping[str, str],  # variant of the U-Net, the one named first on top -> what its lines are called
 ):  # a matplotlib figure
-    "Figure 5: a row per finding."
+    "Figure 5: a group of columns per finding."
     import matplotlib.pyplot as plt
     few_shot = {f: sets.training[(sets.images.prompt[sets.training] == f).to_numpy()] for f in CONCEPTS}
-    drawn = {sets.finding_of[key[2]]: at for key, at in sets.generated.items() if key[:2] == ("unet", variant)}
-    side = max(map(len, few_shot.values()))
-    ratios = {"width_ratios": [*[1] * side, 0.3, *[1] * side]}
-    figure, axes = plt.subplots(2, 2 * side + 1, figsize=(2 * side + 0.3, 2), gridspec_kw=CLOSE | ratios)
+    side, gap = max(map(len, few_shot.values())), 0.3
+    size = {"figsize": (2 * side + gap, 1.12 * (1 + 2 * len(variants)))}
+    ratios = {"width_ratios": [*[1] * side, gap, *[1] * side], "hspace": 0.16}
+    figure, axes = plt.subplots(1 + 2 * len(variants), 2 * side + 1, gridspec_kw=CLOSE | ratios, **size)
     for ax in axes.flat: ax.axis("off")
-    for row, finding in zip(axes, CONCEPTS):
-        _label(row[0], -0.08, 0.5, fill(finding, 10), ha="right", va="center")
-        for ax, at in zip(row[:side], few_shot[finding]): draw_image(ax, folder / sets.images.path[at])
-        for ax, at in zip(row[side + 1 :], drawn.get(finding, [])): draw_image(ax, folder / sets.images.path[at])
-    for at, title in ((0, "original, used for fine-tuning"), (side + 1, f"synthetic ({variant})")):
-        axes[0, at].set_title(title, fontsize=9, loc="left")
+    _label(axes[0, 0], -0.08, 0.5, fill("original, used for fine-tuning", 16), ha="right", va="center")
+    for start, (finding, at) in zip((0, side + 1), few_shot.items()):
+        axes[0, start].set_title(finding, fontsize=9, loc="left")
+        for ax, i in zip(axes[0, start:], at): draw_image(ax, folder / sets.images.path[i])
+    for above, below, variant in zip(axes[1::2], axes[2::2], variants):
+        _label(above[0], -0.08, 0.5, fill(variants[variant], 16), ha="right", va="center")
+        _label(below[0], -0.08, 0.5, "nearest\ntraining image", ha="right", va="center")
+        drawn = {sets.finding_of[key[2]]: at for key, at in sets.generated.items() if key[:2] == ("unet", variant)}
+        for start, finding in zip((0, side + 1), CONCEPTS):
+            place = above[start : start + side], below[start : start + side]
+            draw_pairs(sets, folder, nearest, *place, drawn.get(finding, []))
     return figure
 
 # %% ../nbs/30_comparison.ipynb #b2bc6ead
@@ -345,8 +382,7 @@ def draw_nearest(
 ):  # a matplotlib figure
     "The three images of each group that are likest to a training image."
     import matplotlib.pyplot as plt
-    distance, training = nearest[0], sets.training[nearest[1]]
-    closest = {title: at[np.argsort(distance[at], kind="stable")[:3]] for title, at in groups.items()}
+    closest = {title: at[np.argsort(nearest[0][at], kind="stable")[:3]] for title, at in groups.items()}
     wide = sum(len(at) for at in closest.values())
     figure, axes = plt.subplots(2, wide, figsize=(wide, 2), gridspec_kw=CLOSE, squeeze=False)
     for ax in axes.flat: ax.axis("off")
@@ -354,10 +390,7 @@ def draw_nearest(
     place = 0
     for title, positions in closest.items():
         axes[0, place].set_title(title, fontsize=7, loc="left", pad=14)
-        for ax, below, at in zip(axes[0, place:], axes[1, place:], positions):
-            draw_image(ax, folder / sets.images.path[at])
-            draw_image(below, folder / sets.images.path[training[at]])
-            ax.text(0, -4, f"{1 - distance[at]:.2f}", fontsize=7)
+        draw_pairs(sets, folder, nearest, axes[0, place:], axes[1, place:], positions)
         place += len(positions)
     return figure
 
