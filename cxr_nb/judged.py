@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['THRESHOLDS', 'CALLED', 'STYLES', 'chosen_variants', 'Judged', 'rows_by_auc', 'compare_judges', 'judges_sentence',
-           'threshold_table', 'accuracy_leader', 'draw_roc', 'draw_rocs', 'draw_histogram', 'draw_histograms',
-           'extreme_rows', 'draw_levels', 'draw_thresholds', 'in_a_row', 'disagreement']
+           'threshold_table', 'copying_rows', 'further_trainings', 'scores_over_trainings', 'accuracy_leader',
+           'draw_roc', 'draw_rocs', 'draw_histogram', 'draw_histograms', 'extreme_rows', 'draw_levels',
+           'draw_thresholds', 'in_a_row', 'disagreement']
 
 # %% ../nbs/30_judged.ipynb #a63da782
 from collections.abc import Sequence
@@ -15,7 +16,10 @@ import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
-from .classification import METHODS, effusion_scores, judge_differences
+from .classification import METHODS, effusion_scores, judge_differences, sampling_units
+from .generation import bounded, copying_measures, nearest_training
+from .image_sets import training_of
+from .intervals import jackknife, trainings_table
 
 # %% ../nbs/30_judged.ipynb #cc500b9d
 def chosen_variants(
@@ -112,6 +116,41 @@ def threshold_table(
     table = pd.concat(parts, ignore_index=True)
     table["column"] = table.score + " at " + table.threshold.astype(str)
     return table
+
+# %% ../nbs/30_judged.ipynb #e169f148
+def copying_rows(
+    frame: pd.DataFrame,  # KEYS, patient_id, then features: real, few-shot and generated images
+    variants: dict[tuple[str, str], str],  # method and variant -> row
+    blocks: int = 20,  # of the jackknife
+    seed: int = 0,  # of the blocks
+) -> pd.DataFrame:  # row, column ("copies"), measured, ci_low, ci_high, n
+    "The share of each variant's images that lie nearer to a training image than 95 % of real ones."
+    x, units = frame[[column for column in frame if column.isdigit()]].to_numpy(float), sampling_units(frame)
+    distance, parts = nearest_training(x, x[(frame.method == "few_shot").to_numpy()])[0], []
+    real = np.flatnonzero(frame.method == "real")
+    for (method, variant), row in variants.items():
+        fake = np.flatnonzero((frame.method == method) & (frame.variant == variant))
+        share = lambda i, j: [copying_measures(real=distance[real[j]], fake=distance[fake[i]])[1]]
+        estimate = jackknife(share, [units[fake], units[real]], blocks, seed=seed)
+        parts.append([row, "copies", *bounded(estimate, ["copies"], len(set(units[fake])))[:, 0], len(fake)])
+    return pd.DataFrame(parts, columns=["row", "column", "measured", "ci_low", "ci_high", "n"])
+
+# %% ../nbs/30_judged.ipynb #b557da1a
+def further_trainings(
+    judged: Judged,
+) -> dict[tuple[str, str], str]:  # method and variant of a further training -> row of the first
+    "Trainings of a variant after its first."
+    there = judged.rows[["method", "variant"]].drop_duplicates().itertuples(index=False, name=None)
+    pairs = [(key, (key[0], training_of(key[1])[0])) for key in there if training_of(key[1])[1] > 1]
+    return {key: judged.names[first] for key, first in pairs}
+
+# %% ../nbs/30_judged.ipynb #ffe94971
+def scores_over_trainings(
+    scores: pd.DataFrame,  # row, column, table, measured_by, measured, ci_low, ci_high, n; a row per training
+) -> pd.DataFrame:  # row, column, table, measured_by, n, measured, ci_low, ci_high, trainings, SPREAD
+    "Means over trainings of all scores that have two or more; all are from 0 to 1, and what does not vary is left out."
+    varying = scores[scores.column != "prevalence"]
+    return trainings_table(varying, ["row", "column", "table", "measured_by"], lambda one: (0, 1))
 
 # %% ../nbs/30_judged.ipynb #6f67f20d
 def accuracy_leader(
