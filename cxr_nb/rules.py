@@ -20,6 +20,7 @@ class Estimate:
     low: float
     high: float
     n: int = 0  # observations; 0 where nothing was sampled
+    trainings: int = 1  # that the number is a mean over
 
     def __add__(self, other):
         value = self.value + other.value
