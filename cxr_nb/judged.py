@@ -19,14 +19,14 @@ from .classification import METHODS, effusion_scores, judge_differences
 
 # %% ../nbs/30_judged.ipynb #cc500b9d
 def chosen_variants(
-    lines: Sequence[str],  # "printed row = method / variant"
+    compared: dict[str, dict[str, str]],  # printed row -> {method: variant}
     printed: Sequence[str],  # rows of Table 5
 ) -> dict[str, tuple[str, str]]:  # printed row -> method and variant
     "The variant that stands for each printed row; raises ValueError unless there is one for each."
-    parts = (line.partition("=") for line in lines)
-    chosen = {row.strip(): tuple(part.strip() for part in key.split("/", 1)) for row, _, key in parts}
-    if set(chosen) != set(printed): raise ValueError(f"compared: a line for each of {'; '.join(printed)}")
-    return chosen
+    if set(compared) != set(printed): raise ValueError(f"compared: name {'; '.join(printed)}, each once")
+    for row, pair in compared.items():
+        if len(pair) != 1: raise ValueError(f"compared: {row} takes one variant, as {{method: variant}}, not {len(pair)}")
+    return {row: next(iter(pair.items())) for row, pair in compared.items()}
 
 # %% ../nbs/30_judged.ipynb #1e0ddb31
 @dataclass

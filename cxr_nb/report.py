@@ -69,17 +69,15 @@ def _compared(
     drawn: dict[str, list[str]],  # as `_drawn` gives it
 ):  # yields rows
     "Table 5: its printed rows, and what stands for each."
-    reads, rows = ("35_classification_results", "compared"), []
-    for line in p[reads[0]]["compared"]:
-        row, _, place = line.partition("=")
-        method, _, variant = (part.strip() for part in place.partition("/"))
-        rows.append(row.strip())
+    reads = "35_classification_results", "compared"
+    compared = p[reads[0]]["compared"]
+    for method, variant in (pair for chosen in compared.values() for pair in chosen.items()):
         yield *reads, [method], "the report", _DRAWING
         maker = _DRAWING.get(method)
         if maker in p["28_classification"]["drawn_by"]: yield *reads, [variant], maker, drawn.get(maker, [])
     printed = published("table_5").method.tolist()
-    yield *reads, rows, "Table 5", printed
-    yield reads[0], "Table 5", printed, "compared", rows
+    yield *reads, list(compared), "Table 5", printed
+    yield reads[0], "Table 5", printed, "compared", list(compared)
 
 # %% ../nbs/07_report.ipynb #07c0deb2
 def _encoders(
