@@ -20,6 +20,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from .graph import APART, graph
+from .image_sets import ORIGINAL, variant_name
 from .places import outputs_dir, repo_root, sha256
 from .processes import end_children, end_with, make_writable, one_writer, process_id
 from .profiles import load_profile, resolve_parameters
@@ -58,10 +59,13 @@ def _drawn(
     p: dict[str, dict],  # notebook -> parameters
 ) -> dict[str, list[str]]:  # notebook -> variants
     "Notebooks that draw images, with the variants they draw."
-    inversions = [", ".join(variant[key] for key in ("templates", "word", "levels") if key in variant) for variant in p["26_textual_inversion"]["variants"]]
-    variants = {"22_stable_diffusion": ["Stable Diffusion"], "25_textual_projection": p["25_textual_projection"]["drawn"],
-                "26_textual_inversion": inversions, "27_unet_finetuning": p["27_unet_finetuning"]["variants"]}
-    return {name: names for name, names in variants.items() if names and p[name]["images_per_prompt"] and p[name].get("prompts", True)}
+    variants = {
+        "22_stable_diffusion": [ORIGINAL], "25_textual_projection": p["25_textual_projection"]["drawn"],
+        "26_textual_inversion": [variant_name(variant) for variant in p["26_textual_inversion"]["variants"]],
+        "27_unet_finetuning": p["27_unet_finetuning"]["variants"],
+    }
+    draws = {name: p[name]["images_per_prompt"] and p[name].get("prompts", True) for name in variants}
+    return {name: names for name, names in variants.items() if names and draws[name]}
 
 # %% ../nbs/07_report.ipynb #07c0deb1
 def _compared(

@@ -105,16 +105,16 @@ def training_texts(
 
 # %% ../nbs/26_textual_inversion.ipynb #90c93b50
 def read_variant(
-    variant: dict[str, str],  # templates, word, and levels, joined by +; "procedure" by default
+    variant: dict[str, str | list[str]],  # templates, word, and levels; the procedure by default
 ) -> tuple[str, str, list[str]]:  # kind of templates, initialising word, levels
     "The parts of a variant; raises ValueError for a variant that lacks one or has another."
-    kind, word = variant.get("templates", ""), variant.get("word", "")
-    levels = variant.get("levels", "procedure").split("+")
-    unknown = variant.keys() - {"templates", "word", "levels"} or set(levels) - {*COLUMNS}
-    if unknown or kind not in TEMPLATES or not re.fullmatch(r"[^,\s]+", word) or len(set(levels)) < len(levels):
+    kind, word, levels = variant.get("templates"), variant.get("word"), variant.get("levels", ["procedure"])
+    known = kind in [*TEMPLATES] and isinstance(word, str) and not variant.keys() - {"templates", "word", "levels"}
+    all_levels = isinstance(levels, list) and levels and not set(levels) - {*COLUMNS} and len(set(levels)) == len(levels)
+    if not (known and all_levels and re.fullmatch(r"[^,\s]+", word)):
         raise ValueError(
-            f"variant {variant}: takes templates ({' or '.join(TEMPLATES)}), word (one) and, if not procedure, "
-            f"levels (some of {', '.join(COLUMNS)} joined by +)"
+            f"variant {variant}: takes templates ({' or '.join(TEMPLATES)}), word (one) and, if not the procedure alone, "
+            f"levels (a list of some of {', '.join(COLUMNS)})"
         )
     return kind, word, levels
 
