@@ -119,8 +119,8 @@ def _data_references(
     named = [name for name, place in data["text_sources"].items() if not place]
     yield "21_datasets", "text_sources", named, "21_datasets (with reports)", _report_sources(data)
     if p["23_autoencoder"]["sources"]: yield _takes(p, "23_autoencoder", "sources", "21_datasets", images)
-    if projection["captions"] == "cohort":
-        yield _takes(p, "25_textual_projection", "captions", "21_datasets (laion_400m)", ["cohort"] * bool(data["laion_400m"]))
+    if projection["caption_source"] == "cohort":
+        yield _takes(p, "25_textual_projection", "caption_source", "21_datasets (laion_400m)", ["cohort"] * bool(data["laion_400m"]))
     yield "25_textual_projection", "drawn", projection["drawn"], "25_textual_projection", projection["variants"]
     yield _takes(p, "28_classification", "source", "21_datasets", images)
 
@@ -140,9 +140,9 @@ def _image_references(
         yield _takes(p, notebook, "judge", "23_autoencoder", vae["judges"])
     for notebook in ("10_introduction", "35_classification_results"):
         yield _takes(p, notebook, "judge", "28_classification", judged["judges"])
-        for prompt, asked in ("negative_prompt", "no_finding_prompt"), ("positive_prompt", "effusion_prompt"):
+        for prompt in ("no_finding_prompt", "effusion_prompt"):
             yield _takes(p, notebook, prompt, "22_stable_diffusion", prompts)
-            yield _takes(p, notebook, prompt, "27_unet_finetuning", [unet[asked]])
+            yield _takes(p, notebook, prompt, "27_unet_finetuning", [unet[prompt]])
     for notebook in ("34_generation_results", "E_ablations"):
         yield _takes(p, notebook, "extractor", "28_classification", judged["extractors"])
     for notebook, name in (("10_introduction", "shown_variant"), ("34_generation_results", "shown_variant"),

@@ -40,13 +40,13 @@ def read_captions(
 ) -> list[str]:
     "Captions of a file, blank ones left out; raises FileNotFoundError, and ValueError for what is no such file."
     path = Path(path)
-    if not path.is_file(): raise FileNotFoundError(f"captions: no file {path}")
+    if not path.is_file(): raise FileNotFoundError(f"caption_source: no file {path}")
     try:
         if path.suffix == ".parquet": lines = pd.read_parquet(path, columns=["caption"]).caption
         else: lines = path.read_text(encoding="utf-8").splitlines()
     except (ValueError, OSError) as error:  # UnicodeDecodeError, and pyarrow's, are ValueErrors
         why = message_of(error, 120)
-        raise ValueError(f"captions: {path} is neither UTF-8 text nor parquet with a column caption ({why})") from None
+        raise ValueError(f"caption_source: {path} is neither UTF-8 text nor parquet with a column caption ({why})") from None
     return [line.strip() for line in lines if line and line.strip()]
 
 # %% ../nbs/25_textual_projection.ipynb #e55d18c4

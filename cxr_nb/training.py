@@ -297,7 +297,7 @@ def _advice(state, data, settings):
         return f"{problem}, and one alone does not fit; take smaller images, mixed precision or fewer trained weights"
     return (
         f"{problem}; {size} would fit: set accumulation to {settings.batch_size // (processes * size)} for the same "
-        f"batch_size of {settings.batch_size}, or batch_size to {size * settings.accumulation * processes}"
+        f"batch of {settings.batch_size}, or take batches of {size * settings.accumulation * processes}"
     )
 
 # %% ../nbs/02_training.ipynb #c2a0cc2f

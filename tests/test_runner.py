@@ -269,7 +269,7 @@ def test_a_profile_holds_only_what_differs_from_its_base(project, monkeypatch):
     ("base: mine\n", "profile 'mine': is based on itself by mine"),
     ("base: nobody\n", "profile 'nobody': no file nbs/profiles/nobody.yaml"),
     ("base: ../tiny\n", "profile '../tiny': a name has letters, digits, points, dashes and underscores"),
-    ("shared:\n  negative_promt: x\n", "shared: no notebook has a parameter 'negative_promt'; did you mean 'negative_prompt'?"),
+    ("shared:\n  no_findng_prompt: x\n", "shared: no notebook has a parameter 'no_findng_prompt'; did you mean 'no_finding_prompt'?"),
     ("base: tiny\nshared: 3\n", "profile 'mine': expected one section of parameters per notebook"),
 ])
 def test_a_base_that_is_none_is_refused(project, monkeypatch, text, message):
@@ -286,7 +286,7 @@ def test_a_base_that_is_none_is_refused(project, monkeypatch, text, message):
     ({"28_classification": {"judges": ["x/judge_c"]}}, "35_classification_results reads 'cxr_nb/miniature/classifiers/judge_a' (judge), and 28_classification names 'x/judge_c'"),
     ({"28_classification": {"drawn_by": ["22_stable_diffusion", "29_nothing"]}}, "28_classification reads '29_nothing' (drawn_by), and the report (with images) names '22_stable_diffusion'"),
     ({"24_text_encoder": {"encoders": {"BERT": "models/bert"}}}, "B_text_clusters reads 'Miniature CLIP' (figure_6), and 24_text_encoder names 'BERT'"),
-    ({"22_stable_diffusion": {"prompts": ["A chest"]}}, "10_introduction reads 'A photo of a lung xray' (negative_prompt), and 22_stable_diffusion names 'A chest'"),
+    ({"22_stable_diffusion": {"prompts": ["A chest"]}}, "10_introduction reads 'A photo of a lung xray' (no_finding_prompt), and 22_stable_diffusion names 'A chest'"),
 ])
 def test_a_profile_whose_parts_do_not_fit_is_refused_before_anything_runs(tmp_path, copy_project, monkeypatch, changes, message):
     copy = copy_project(tmp_path)
@@ -312,7 +312,7 @@ def unfitting(demo, monkeypatch):
 
 
 @pytest.mark.parametrize("changes, message", [
-    ({"25_textual_projection": {"captions": "cohort"}}, "25_textual_projection reads 'cohort' (captions), and 21_datasets (laion_400m) names nothing"),
+    ({"25_textual_projection": {"caption_source": "cohort"}}, "25_textual_projection reads 'cohort' (caption_source), and 21_datasets (laion_400m) names nothing"),
     ({"28_classification": {"extractors": ["inception"]}}, "28_classification reads 'inception' (extractors), and 23_autoencoder names 'cxr_nb/miniature/classifiers/judge_a'"),
     ({"28_classification": {"source": ""}}, "28_classification reads '' (source), and 21_datasets names 'Phantoms'"),
     ({"28_classification": {"drawn_by": []}}, "28_classification reads '' (drawn_by), and the report (with images) names '22_stable_diffusion'"),

@@ -270,7 +270,7 @@ def test_bad_input_is_one_clear_line(bert, clip, wide, tmp_path):
         "tokens; CXR-BERT-specialized reads 512: shorten it": lambda: prompt_states(bert, clip, DOCUMENT, projection(16, 16), "small " * 520),
         "CXR-BERT-specialized reads 40 tokens, the U-Net takes 77": lambda: in_domain_states(few, clip, TOKEN, ["a"]),
         "no projection: there is nothing to train": lambda: train_projection(bert, clip, NONE, TEXTS, HOW, tmp_path / "a"),
-        "captions: no file": lambda: read_captions(tmp_path / "none.txt"),
+        "caption_source: no file": lambda: read_captions(tmp_path / "none.txt"),
         "bytes.txt is neither UTF-8 text nor parquet": lambda: read_captions(tmp_path / "bytes.txt"),
         "other.parquet is neither UTF-8 text nor parquet": lambda: read_captions(tmp_path / "other.parquet"),
         "there are 1 different ones; lower training_captions": lambda: split_captions(["a", "A"], 1, 1),

@@ -305,7 +305,7 @@ def test_what_would_fit_is_found_with_room_for_the_optimizer(tmp_path, monkeypat
     def short(n):
         tried.append(n)
         if n > 2: raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried")
-    with pytest.raises(torch.OutOfMemoryError, match="at step 1 with 8 samples at a time; 2 would fit: set accumulation to 8 for the same batch_size of 16, or batch_size to 4"):
+    with pytest.raises(torch.OutOfMemoryError, match="at step 1 with 8 samples at a time; 2 would fit: set accumulation to 8 for the same batch of 16, or take batches of 4"):
         small_run(tmp_path, batch_size=16, spoil=short)
     assert tried == [8, 4, 2] and sum(held) == 2 * 2 * sum(p.numel() for p in small_net().parameters())
     def never(n): raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
