@@ -210,11 +210,11 @@ class Graph:
         file: str,  # path below outputs/<profile>
     ) -> list[str]:
         "The notebooks whose results a file rests on, the one that writes it first."
-        found = [self.maker(file)]
-        for name in found:
+        makers = [self.maker(file)]
+        for name in makers:
             read = self.notebooks[name].reads if name in self.notebooks else []
-            found += [maker for maker in dict.fromkeys(map(self.maker, read)) if maker not in found]
-        return found
+            makers += [maker for maker in dict.fromkeys(map(self.maker, read)) if maker not in makers]
+        return makers
 
 # %% ../nbs/00_graph.ipynb #4982d73b
 def _resolved(notebook, files):
@@ -248,7 +248,7 @@ def graph(
     profile: str,  # name of a profile
 ) -> Graph:
     "The graph of a profile's notebooks; raises ValueError, in one line, for files that are declared wrongly."
-    parameters = {name: own for name, own in resolve_all(profile).items() if tagged_cells(name, "files")}
+    parameters = {name: values for name, values in resolve_all(profile).items() if tagged_cells(name, "files")}
     unwanted = {name: f"profile '{profile}' leaves {name} out" for name in left_out_by(profile)}
     files, left_out, known = _left_over(parameters, unwanted)
     _check_one_maker(files)

@@ -58,10 +58,10 @@ def _item(item):
 def image_batches(
     images,  # an array or tensor as `unit_images` takes it, or a sequence of single images, read when indexed
     batch_size: int = 32,  # images at a time
-    what: str = "looking at images",  # beside the progress bar
+    description: str = "looking at images",  # beside the progress bar
 ) -> Iterator[torch.Tensor]:  # (batch_size, 1 or 3, h, w) float32 in 0..1
     "Images some at a time, each batch checked; raises what `unit_images` raises."
-    for start in tqdm(range(0, len(images), batch_size), what, unit="batch", leave=False):
+    for start in tqdm(range(0, len(images), batch_size), description, unit="batch", leave=False):
         stop = min(start + batch_size, len(images))
         one_array = isinstance(images, np.ndarray | torch.Tensor)
         yield unit_images(images[start:stop] if one_array else np.stack([_item(images[i]) for i in range(start, stop)]))
@@ -170,7 +170,7 @@ class _TensorsOnly(pickle.Unpickler):
 
 # %% ../nbs/04_judges.ipynb #e012cff0
 _READER = SimpleNamespace(
-    __name__="tensors_only", Unpickler=_TensorsOnly, load=lambda file, **how: _TensorsOnly(file, **how).load()
+    __name__="tensors_only", Unpickler=_TensorsOnly, load=lambda file, **options: _TensorsOnly(file, **options).load()
 )
 
 # %% ../nbs/04_judges.ipynb #08b473de

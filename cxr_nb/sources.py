@@ -19,8 +19,8 @@ from .places import find_path, repo_root, slug
 RESTRICTED = ("CheXpert", "MIMIC-CXR")  # under a data use agreement
 
 # %% ../nbs/16_sources.ipynb #6acf2950
-def _own_place(place):
-    "A folder of the profile's own, below images/, blank for another; raises ValueError for a detour to one."
+def _profile_place(place):
+    "A folder below the profile's images/, blank for another; raises ValueError for a detour to one."
     plain = posixpath.normpath(place)
     if not plain.startswith("images/"): return ""
     if plain == place: return place
@@ -40,7 +40,7 @@ def named_folders(
         if slug(name) in used: raise ValueError(f"folders: the name {name!r} is taken")
         if not slug(name) or re.match(r"(text|classes|few_shot|captions|sources)|.*_(sample|problems)$", slug(name)):
             raise ValueError(f"folders: {name!r} cannot name files beside the others in cohorts/; take another name")
-        named[name] = outputs / place if _own_place(place) else find_path(place)
+        named[name] = outputs / place if _profile_place(place) else find_path(place)
     return named
 
 # %% ../nbs/16_sources.ipynb #41eeea33
@@ -64,12 +64,12 @@ _TABLES = "few_shot_choice", "reference_labels"  # what is shown of them is thei
 def places_of_others(
     parameters: dict[str, object],  # of 21_datasets
 ) -> list[str]:  # names of parameters
-    "Parameters that name data, or a file outside the project, not the project's own; raises as `named_folders` does."
+    "Parameters that name data, or a file, that is not the project's; raises what `named_folders` raises."
     def outside(place): return not find_path(place).resolve().is_relative_to(repo_root().resolve())
     named = {name: bool(parameters[name]) for name in _DATA}
     named |= {name: bool(place := parameters[name]) and outside(place) for name in _TABLES}
     for name in ("folders", "text_sources"):
-        named[name] = any(place and _own_place(place) not in MADE_HERE for place in parameters[name].values())
+        named[name] = any(place and _profile_place(place) not in MADE_HERE for place in parameters[name].values())
     return [name for name, others in named.items() if others]
 
 # %% ../nbs/16_sources.ipynb #3ff32132

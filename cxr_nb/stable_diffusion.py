@@ -295,7 +295,7 @@ def sample(
     seeds: Sequence[int],  # one per image
     steps: int = 50,  # denoising steps
     guidance_scale: float = 7.5,  # 1: the prompt alone, without guidance
-    unconditional: str | torch.Tensor = "",  # what guidance leads away from; states of as many tokens as the prompt's
+    negative_prompt: str | torch.Tensor = "",  # that guidance leads away from; or states of as many tokens as the prompt's
     size: int | None = None,  # pixels a side; what the U-Net was trained for by default
     batch_size: int = 8,  # images at a time
 ) -> torch.Tensor:  # (n, 3, size, size) uint8
@@ -306,7 +306,7 @@ def sample(
     images that are not finite.
     """
     evaluations = check_steps(pipeline.scheduler, steps)
-    embeds = [_prompt_embeds(pipeline, one, len(seeds)) for one in (prompt, unconditional)]
+    embeds = [_prompt_embeds(pipeline, one, len(seeds)) for one in (prompt, negative_prompt)]
     shape = _latent_shape(pipeline, size)
     side, batches = shape[1] * vae_factor(pipeline.vae), range(0, len(seeds), batch_size)
     images = [torch.empty(0, 3, side, side, dtype=torch.uint8)]

@@ -151,9 +151,9 @@ def test_openi_images_against_torchxrayvision(cohorts):
     theirs = xrv.datasets.Openi_Dataset(".", views=["*"], unique_patients=False).csv.set_index("imageid")
     ours = cohorts["openi"].set_index("image_id")
     assert sorted(ours.index) == sorted(OPENI_IDS) and (theirs.uid.loc[ours.index] == ours.study_id).all()
-    said = theirs["View Position"].loc[ours.index]
-    for view in ("AP", "PA"): assert ours["view"][said == view].isin([view, ""]).all()
-    contradicted = said.isin(["AP", "PA"]) & (theirs["tsne-view"].loc[ours.index] == "L")
+    views = theirs["View Position"].loc[ours.index]
+    for view in ("AP", "PA"): assert ours["view"][views == view].isin([view, ""]).all()
+    contradicted = views.isin(["AP", "PA"]) & (theirs["tsne-view"].loc[ours.index] == "L")
     assert contradicted.any() and (ours["view"][contradicted] == "").all()
 
 
@@ -167,8 +167,8 @@ def test_reports_of_every_source(cohorts, base, tmp_path):
         assert report_texts(mimic, {"MIMIC-CXR": archive}).equals(texts)
     plain = read_folder(trees.plain(tmp_path / "plain", reports=True), "Mine")
     both = pd.concat([plain.tail(3), mimic.head(2)], ignore_index=True)
-    found = report_texts(both, places | {"Mine": tmp_path / "plain"})
-    assert found.tolist()[:3] == [f"IMPRESSION: image {i}.png." for i in plain.tail(3).image_id] and found.tolist()[3:] == texts.head(2).tolist()
+    result = report_texts(both, places | {"Mine": tmp_path / "plain"})
+    assert result.tolist()[:3] == [f"IMPRESSION: image {i}.png." for i in plain.tail(3).image_id] and result.tolist()[3:] == texts.head(2).tolist()
 
 
 # ---- order, seeds, patients
@@ -463,8 +463,8 @@ def test_labelers_that_disagree_and_studies_without_labels_are_said(tmp_path):
     root = trees.mimic(tmp_path, packed=False)
     path = root / "mimic-cxr-2.0.0-chexpert.csv"
     path.write_text("\n".join(line for line in path.read_text().splitlines() if ",50000000," not in line) + "\n")
-    with pytest.warns(UserWarning) as said: cohort = read_mimic_cxr(root)
-    texts = [str(w.message) for w in said]
+    with pytest.warns(UserWarning) as warned: cohort = read_mimic_cxr(root)
+    texts = [str(w.message) for w in warned]
     assert texts[0] == "MIMIC-CXR: 2 of 118 images left out, their study has no labels; the first is study s50000000"
     assert "negbio.csv has other labels for 1 of 39 studies; the CheXpert labeler's are used; the first is s50000020, Edema" in texts[1]
     assert "s50000000" not in set(cohort.study_id)
@@ -497,9 +497,9 @@ def test_missing_and_unknown_images_of_nih_are_said(tmp_path):
     root = trees.nih(tmp_path)
     next(root.rglob("00000002_000.png")).unlink()
     trees.picture(root / "images_001/images/extra.png")
-    with pytest.warns(UserWarning) as said: cohort = read_nih(root)
+    with pytest.warns(UserWarning) as warned: cohort = read_nih(root)
     assert len(cohort) == 47 and "00000002_000" not in set(cohort.image_id)
-    assert "47 of the 48 images" in str(said[0].message) and "00000002_000.png" in str(said[0].message) and "extra.png" in str(said[1].message)
+    assert "47 of the 48 images" in str(warned[0].message) and "00000002_000.png" in str(warned[0].message) and "extra.png" in str(warned[1].message)
     trees.picture(root / "images_002/images/extra.png")
     with pytest.raises(ValueError, match="extra.png is there twice"): read_nih(root)
 

@@ -26,8 +26,8 @@ RECORDS = sorted((ROOT / "outputs/demo/records").glob("*.json"))
 
 
 def cells(name, kind="code"):
-    found = json.loads((ROOT / f"nbs/{name}.ipynb").read_text())["cells"]
-    return [c | {"text": "".join(c["source"])} for c in found if c["cell_type"] == kind]
+    result = json.loads((ROOT / f"nbs/{name}.ipynb").read_text())["cells"]
+    return [c | {"text": "".join(c["source"])} for c in result if c["cell_type"] == kind]
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
@@ -117,8 +117,8 @@ def test_no_code_of_a_checkpoint_is_run():
     calls = {f"{path.stem}, line {line}": call for path in sorted((ROOT / "cxr_nb").glob("*.py")) for line, call in calls_of_from_pretrained(path.stem)}
     assert {name.split(",")[0] for name in calls} >= {"checkpoints", "miniature"}
     for name, call in calls.items():
-        said = {k.arg: ast.unparse(k.value) for k in call.keywords} if call else {}
-        assert said.get("trust_remote_code") == "False", f"{name}: pass trust_remote_code=False"
+        options = {k.arg: ast.unparse(k.value) for k in call.keywords} if call else {}
+        assert options.get("trust_remote_code") == "False", f"{name}: pass trust_remote_code=False"
 
 
 def test_a_choice_is_what_the_code_knows():
@@ -178,8 +178,8 @@ def test_lock_holds_what_settings_ask_for():
     for line in (parser["DEFAULT"]["requirements"] + parser["DEFAULT"]["dev_requirements"]).split("\n"):
         if not line: continue
         need = Requirement(line)
-        found = [version for name, version in pins if name.lower().replace("_", "-") == need.name.lower().replace("_", "-")]
-        assert found and all(need.specifier.contains(v) for v in found), f"run make lock: {line} but {found}"
+        result = [version for name, version in pins if name.lower().replace("_", "-") == need.name.lower().replace("_", "-")]
+        assert result and all(need.specifier.contains(v) for v in result), f"run make lock: {line} but {result}"
     blocks = re.split(r"^(?=[\w.-]+==)", lock, flags=re.M)[1:]
     assert all("--hash=sha256:" in block for block in blocks)
     assert not re.search(r"://", re.sub(r"#.*", "", lock)), "a lock names no host"

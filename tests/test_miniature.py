@@ -71,10 +71,10 @@ def test_the_bundle_is_whole_and_small():
     assert made(MINIATURE) and set(made(MINIATURE)) <= set(PARTS)
     assert changed_files(MINIATURE) == []
     recorded = {name for part in made(MINIATURE).values() for name in part["files"]}
-    found = {p.relative_to(MINIATURE).as_posix() for p in MINIATURE.rglob("*") if p.is_file()}
-    assert found - recorded <= {"made.json", "reality.json", "tuning.csv"}
-    assert sum((MINIATURE / name).stat().st_size for name in found) < 30 * 2**20
-    assert not [name for name in found if Path(name).suffix in (".bin", ".pt", ".pkl", ".ckpt")]
+    result = {p.relative_to(MINIATURE).as_posix() for p in MINIATURE.rglob("*") if p.is_file()}
+    assert result - recorded <= {"made.json", "reality.json", "tuning.csv"}
+    assert sum((MINIATURE / name).stat().st_size for name in result) < 30 * 2**20
+    assert not [name for name in result if Path(name).suffix in (".bin", ".pt", ".pkl", ".ckpt")]
 
 
 @pytest.fixture(scope="module")

@@ -339,7 +339,7 @@ def test_a_profile_may_leave_a_way_of_drawing_out(unfitting):
 
 
 def test_a_profile_that_lacks_a_section_is_told_which(unfitting, demo):
-    lacking = {name: own for name, own in demo.items() if name != "27_unet_finetuning"}
+    lacking = {name: section for name, section in demo.items() if name != "27_unet_finetuning"}
     assert unfitting({}, lacking) == ["profile 'mine': section 27_unet_finetuning is missing"]
 
 
