@@ -190,7 +190,7 @@ def pixel_rows(
 # %% ../nbs/30_comparison.ipynb #ace7c9e7
 def measure_table(
     rows: pd.DataFrame,  # of one measure on one extractor, or in pixels
-    cells: pd.DataFrame,  # as `printed_cells` gives them
+    cells: pd.DataFrame,  # as `table_4_cells` gives them
     **seen,  # further columns: what the extractor was shown
 ) -> pd.DataFrame:  # as `beside_printed` gives it
     "Table 4 for one measure; only the Fréchet distance has published values."
