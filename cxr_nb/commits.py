@@ -27,7 +27,7 @@ def _git(
 ) -> subprocess.CompletedProcess:
     "Run git in a folder; raises FileNotFoundError where it is not installed, TimeoutExpired where it does not answer."
     environment = {k: v for k, v in os.environ.items() if as_set or k not in _OF_ONE_REPOSITORY}
-    # a results folder on a disk of its own is still a part of the repository it is mounted in
+    # a results folder on another disk is still a part of the repository it is mounted in
     environment |= {"GIT_DISCOVERY_ACROSS_FILESYSTEM": "1", "LC_ALL": "C"}
     return subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True, env=environment, timeout=GIT_WAIT)
 
@@ -99,5 +99,5 @@ def _texts(
 def places_beside(
     parameters: dict,  # of a notebook
 ) -> list[str]:  # names of parameters
-    "Parameters that name a place of somebody's own."
+    "Parameters that name a place outside the project."
     return [name for name, value in parameters.items() if any(map(_is_beside, _texts(value)))]

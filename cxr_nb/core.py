@@ -121,14 +121,14 @@ _WRITTEN = (  # one of each kind that a run leaves
 @patch
 def refuse_tracked(
     self: Run,
-    names: Sequence[str],  # parameters that name data of somebody's own
+    names: Sequence[str],  # parameters that name data that are not the project's
 ) -> None:
     "Raise ValueError where there are such parameters and git would track this run's results, or does not tell."
     if names and any(git_would_track(self.folder / name) for name in _WRITTEN):
         raise ValueError(
             f"{', '.join(names)}: git tracks outputs/{self.parameters['profile']}, and pictures, reports and paths of "
-            "somebody's own, which a data use agreement may protect, do not belong into a commit; use a profile whose "
-            "results are ignored, such as public"
+            "other people's data, which a data use agreement may protect, do not belong in a commit; use a profile whose "
+            "results git ignores, such as public"
         )
 
 # %% ../nbs/00_core.ipynb #ffa63583

@@ -111,7 +111,7 @@ def domain_scores(
 ) -> pd.DataFrame:  # column, measured (AUC), ci_low, ci_high, n, note
     """AUCs of a domain classifier for all images, negatives and positives, and of realness between the prompts.
 
-    In the first three above one half where generated images are told from real
+    The first three are above one half where generated images differ from real
     ones. Intervals resample patients and noise, with the regressions as fitted.
     """
     real, asked = (rows.method == "real").to_numpy(int), rows.prompt.isin(positive).to_numpy(int)
@@ -148,7 +148,7 @@ def reconstruction_domain(
     draws: int = 2000,  # bootstrap samples
     seed: int = 0,  # of folds and resampling
 ) -> dict:  # measured (AUC), n, ci_low, ci_high
-    "How well reconstructions are told from their originals."
+    "The AUC of a domain classifier of reconstructions against their originals."
     x, n = np.concatenate([original, reconstruction]), len(original)
     is_real, units = np.repeat([1, 0], n), np.tile(np.asarray(patients, str), 2)
     score = 1 - realness(x, is_real, np.zeros(2 * n), units, seed)

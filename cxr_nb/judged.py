@@ -31,7 +31,7 @@ def chosen_variants(
 # %% ../nbs/30_judged.ipynb #1e0ddb31
 @dataclass
 class Judged:
-    "Probabilities of the images that Table 5 is about."
+    "Probabilities of the images of Table 5."
     rows: pd.DataFrame  # KEYS, patient_id, judge, Effusion, positive: asked for, or labelled as, an effusion
     names: dict[tuple[str, str], str]  # method and variant -> row, in the order of the table
     judges: list[str]  # the one of Table 5 first

@@ -303,9 +303,9 @@ def layer_features(
 # %% ../nbs/04_judges.ipynb #983238f7
 @dataclass(frozen=True)
 class Extractor:
-    "A function from images to features that knows how to be named in a table."
+    "A function from images to features, with its name in tables."
     name: str
-    resize: str  # how images come to its size
+    resize: str  # how an image is brought to its size
     embed: Callable  # (n, 1 or 3, h, w) float32 in 0..1 to (n, d)
 
     def __call__(self, images): return self.embed(images)

@@ -1011,7 +1011,7 @@ def test_data_of_others_stay_out_of_what_git_tracks(project, run_in, tmp_path):
     done = run_in(copy, "cxr_nb", "run", "21_datasets")
     tracked = subprocess.run(["git", "-C", copy, "status", "--porcelain", "--untracked-files=all", "outputs"], capture_output=True, text=True, check=True)
     assert done.returncode == 1 and tracked.stdout == ""
-    named = re.search("ValueError: (.*): git tracks outputs/demo, and pictures, reports and paths of somebody's own, which a data use", done.stderr)[1]
+    named = re.search("ValueError: (.*): git tracks outputs/demo, and pictures, reports and paths of other people's data, which a data use", done.stderr)[1]
     assert sorted(named.split(", ")) == ["chexpert", "laion_400m", "text_sources"]
     # a run with other values than the demo's goes where git looks away
     place = core.run_folder("21_datasets", profiles.resolve_parameters("21_datasets", "demo", {"chexpert": "data/chexpert"}))
