@@ -163,9 +163,9 @@ _SIGNATURE = re.compile(
 
 # %% ../nbs/13_closings.ipynb #9a8dcc86
 _SOFTWARE = frozenset(
-    """360 contain contains create created dictation dragon error errors excuse generated grammatical inadvertent may occur
-    part parts phonetic portions powerscribe produced recognition software sound-alike speech syntax technology transcription
-    transcriptional typographical use used using utilized utilizing voice""".split()
+    """360 contain contains create created dictation dragon error errors excuse generated grammatical inadvertent may
+    occur part parts phonetic portions powerscribe produced recognition software sound-alike speech syntax technology
+    transcription transcriptional typographical use used using utilized utilizing voice""".split()
 )
 
 # %% ../nbs/13_closings.ipynb #3c76126a

@@ -14,8 +14,8 @@ from .places import PACKAGE, repo_root
 
 # %% ../nbs/00_commits.ipynb #5e1a0801
 _OF_ONE_REPOSITORY = {
-    "GIT_DIR", "GIT_WORK_TREE", "GIT_COMMON_DIR", "GIT_INDEX_FILE", "GIT_OBJECT_DIRECTORY", "GIT_NAMESPACE", "GIT_PREFIX",
-    "GIT_CEILING_DIRECTORIES",
+    "GIT_DIR", "GIT_WORK_TREE", "GIT_COMMON_DIR", "GIT_INDEX_FILE", "GIT_OBJECT_DIRECTORY", "GIT_NAMESPACE",
+    "GIT_PREFIX", "GIT_CEILING_DIRECTORIES",
 }
 GIT_WAIT = 60  # seconds
 
@@ -29,11 +29,13 @@ def _git(
     environment = {k: v for k, v in os.environ.items() if as_set or k not in _OF_ONE_REPOSITORY}
     # a results folder on another disk is still a part of the repository it is mounted in
     environment |= {"GIT_DISCOVERY_ACROSS_FILESYSTEM": "1", "LC_ALL": "C"}
-    return subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True, env=environment, timeout=GIT_WAIT)
+    return subprocess.run(
+        ["git", "-C", str(folder), *words], capture_output=True, text=True, env=environment, timeout=GIT_WAIT
+    )
 
 # %% ../nbs/00_commits.ipynb #c85895bd
 def git_commit() -> str | None:
-    "The commit that last changed the code, with `-dirty` where tracked code differs from it; None outside of a checkout."
+    "The commit that last changed the code, `-dirty` where tracked code differs from it; None outside of a checkout."
     root, code = repo_root(), ["--", ".", ":!outputs", ":!README.md"]
     if not (root / "nbs" / "profiles").is_dir(): return None
     try: commit = _git(root, "log", "-1", "--format=%H", *code).stdout.strip()

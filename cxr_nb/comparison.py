@@ -80,7 +80,9 @@ def compare_sets(
     if set(real) != set(CONCEPTS) or not len(training):
         raise ValueError("there is nothing to compare with: run 28_classification with a source of real images")
     if shared := set(units[training]) & set(units[np.concatenate([*real.values()])]):
-        raise ValueError(f"patient {min(shared)} is in the training images and the real ones; run 28_classification again")
+        raise ValueError(
+            f"patient {min(shared)} is in the training images and the real ones; run 28_classification again"
+        )
     drawn = dict.fromkeys(key[2] for key in generated)
     finding_of = {prompt: prompt_finding(texts[prompt], findings) for prompt in drawn}
     sizes = [(finding_of[key[2]], len(at)) for key, at in generated.items()]
@@ -89,7 +91,9 @@ def compare_sets(
     source = next(key[1] for key in where if key[0] == "real")
     compared = {("real", source, prompt): control[finding_of[prompt]] for prompt in prompts}
     compared |= {key: at[: len(control[finding_of[key[2]]])] for key, at in generated.items()}
-    return Comparison(images, units, source, training, real, generated, finding_of, control, reference, prompts, compared)
+    return Comparison(
+        images, units, source, training, real, generated, finding_of, control, reference, prompts, compared
+    )
 
 # %% ../nbs/30_comparison.ipynb #cc7fb041
 def set_rows(
@@ -238,7 +242,12 @@ def rank_table(
         pairs |= {f"{a} and {b}": (wide[a], wide[b]) for a, b in combinations(wide, 2)}
         for name, pair in pairs.items():
             agreement = rank_agreement(*pair, seed=seed)
-            rows.append({"row": prompt, "column": name, "measured": agreement["spearman"], "n": agreement["n"], "p": agreement["p"]})
+            rows.append(
+                {
+                    "row": prompt, "column": name, "measured": agreement["spearman"], "n": agreement["n"],
+                    "p": agreement["p"],
+                }
+            )
     return pd.DataFrame(rows).reindex(columns=[*TABLE_COLUMNS, "p"])
 
 # %% ../nbs/30_comparison.ipynb #e0ca3b52
@@ -261,7 +270,10 @@ def sets_above(
     rows = table[(table.measure == measure) & (table.extractor == "pixels") & (table.method != "real")]
     rows = rows.dropna(subset="ci_low")
     above = rows[rows.ci_low > limit]
-    return {"sets": len(rows), "above": len(above), "named": [f"{row} ({asked})" for row, asked in zip(above.row, above.asked)]}
+    return {
+        "sets": len(rows), "above": len(above),
+        "named": [f"{row} ({asked})" for row, asked in zip(above.row, above.asked)],
+    }
 
 # %% ../nbs/30_comparison.ipynb #b10628e7
 def by_set(
@@ -350,7 +362,8 @@ def draw_nearest(
     wide = sum(len(at) for at in closest.values())
     figure, axes = plt.subplots(2, wide, figsize=(wide, 2), gridspec_kw=CLOSE, squeeze=False)
     for ax in axes.flat: ax.axis("off")
-    for ax, text in zip(axes[:, 0], ("image", "nearest\ntraining image")): _label(ax, -0.08, 0.5, text, ha="right", va="center")
+    for ax, text in zip(axes[:, 0], ("image", "nearest\ntraining image")):
+        _label(ax, -0.08, 0.5, text, ha="right", va="center")
     place = 0
     for title, positions in closest.items():
         axes[0, place].set_title(title, fontsize=7, loc="left", pad=14)
@@ -395,7 +408,10 @@ def draw_measures(
     import matplotlib.pyplot as plt
     panels = [(name, extractor, label) for name, label in (("frechet", "Fréchet distance"), ("precision", "precision"),
                                                            ("coverage", "coverage"), ("recall", "recall"))]
-    panels += [("ms_ssim", "pixels", "MS-SSIM of two images"), ("nearer", "pixels", "P(nearer to training images, in pixels)")]
+    panels += [
+        ("ms_ssim", "pixels", "MS-SSIM of two images"),
+        ("nearer", "pixels", "P(nearer to training images, in pixels)"),
+    ]
     figure, axes = plt.subplots(2, 3, figsize=(12, 0.56 * len(lines) + 2), sharey=True, layout="constrained")
     for ax, (measure, space, label) in zip(axes.flat, panels):
         rows = table[(table.measure == measure) & (table.extractor == space)]

@@ -127,8 +127,8 @@ def refuse_tracked(
     if names and any(git_would_track(self.folder / name) for name in _WRITTEN):
         raise ValueError(
             f"{', '.join(names)}: git tracks outputs/{self.parameters['profile']}, and pictures, reports and paths of "
-            "other people's data, which a data use agreement may protect, do not belong in a commit; use a profile whose "
-            "results git ignores, such as public"
+            "other people's data, which a data use agreement may protect, do not belong in a commit; use a profile "
+            "whose results git ignores, such as public"
         )
 
 # %% ../nbs/00_core.ipynb #ffa63583
@@ -321,7 +321,10 @@ def finish(
         "versions": versions(), "commit": git_commit(),
         "inputs": dict(sorted(self.inputs.items())), "outputs": dict(sorted(self.outputs.items())),
     }
-    took = {"seconds": round(time.perf_counter() - self.start, 1), "peak_memory_mb": peak_memory_mb(), "device": device_name()}
+    took = {
+        "seconds": round(time.perf_counter() - self.start, 1), "peak_memory_mb": peak_memory_mb(),
+        "device": device_name(),
+    }
     for folder, content in {"records": record, "times": took}.items():
         with written_whole(self.folder / folder / f"{self.notebook}.json") as path:
             path.write_text(json_text(content), encoding="utf-8")

@@ -55,7 +55,7 @@ def gap_scores(
 def gap_verdict(
     scores: pd.DataFrame,  # as `gap_scores` gives them
 ) -> str:  # CANNOT_TELL, "not told apart", "reversed", "the finding", "may be the domain gap"
-    "What an AUC between generated images measures, by a rule over intervals; `real` comes first, where it was measured."
+    "What an AUC between generated images measures, by a rule over intervals; `real` comes first where it was measured."
     at = scores.set_index("column")
     if "real" in at.index and not at.ci_low["real"] > 0.5: return CANNOT_TELL
     if at.ci_high["generated"] < 0.5: return "reversed"

@@ -167,7 +167,9 @@ def image_problems(
     "Check image files in parallel, with a progress bar."
     chunks = [paths[i : i + 64] for i in range(0, len(paths), 64)]
     what = "reading images" if decode else "looking for images"
-    problems = thread_map(lambda chunk: [_problem(p, decode) for p in chunk], chunks, desc=what, unit="×64", leave=False)
+    problems = thread_map(
+        lambda chunk: [_problem(p, decode) for p in chunk], chunks, desc=what, unit="×64", leave=False
+    )
     return [problem for chunk in problems for problem in chunk]
 
 # %% ../nbs/02_images.ipynb #56bd83ac

@@ -25,7 +25,8 @@ def chosen_variants(
     "The variant that stands for each printed row; raises ValueError unless there is one for each."
     if set(compared) != set(printed): raise ValueError(f"compared: name {'; '.join(printed)}, each once")
     for row, pair in compared.items():
-        if len(pair) != 1: raise ValueError(f"compared: {row} takes one variant, as {{method: variant}}, not {len(pair)}")
+        if len(pair) != 1:
+            raise ValueError(f"compared: {row} takes one variant, as {{method: variant}}, not {len(pair)}")
     return {row: next(iter(pair.items())) for row, pair in compared.items()}
 
 # %% ../nbs/30_judged.ipynb #1e0ddb31
@@ -75,7 +76,9 @@ def compare_judges(
     for variant, row in tqdm(judged.drawn.items(), "variants", leave=False):
         rows = pd.concat(judged.of(first, variant))
         for other in others:
-            part = judge_differences(rows, pd.concat(judged.of(other, variant)), positive, judged.threshold, draws, seed)
+            part = judge_differences(
+                rows, pd.concat(judged.of(other, variant)), positive, judged.threshold, draws, seed
+            )
             parts.append(part.assign(row=row, judge=other, against=first))
     return pd.concat(parts, ignore_index=True)
 
@@ -88,8 +91,11 @@ def judges_sentence(
     apart = auc[(auc.ci_low > 0) | (auc.ci_high < 0)]
     alike = differences[differences.column == "called alike"].measured
     judge, against = differences[["judge", "against"]].iloc[0]
-    return (f"{judge} against {against}: their AUCs differ clearly for {len(apart)} of {len(auc)} variants "
-            f"({'; '.join(apart.row) or 'none'}); of a variant's images they call {alike.min():.0%} to {alike.max():.0%} alike")
+    return (
+        f"{judge} against {against}: their AUCs differ clearly for {len(apart)} of {len(auc)} variants "
+        f"({'; '.join(apart.row) or 'none'}); of a variant's images they call {alike.min():.0%} to {alike.max():.0%} "
+        "alike"
+    )
 
 # %% ../nbs/30_judged.ipynb #97c7eb5e
 THRESHOLDS = [round(0.1 * i, 1) for i in range(1, 10)]
@@ -108,7 +114,9 @@ def threshold_table(
         for variant in tqdm(variants, judge, leave=False):
             for threshold in THRESHOLDS:
                 scores = effusion_scores(*judged.of(judge, variant), threshold, draws, seed).query("column in @CALLED")
-                parts.append(scores.assign(row=judged.names[variant], judge=judge, score=scores.column, threshold=threshold))
+                parts.append(
+                    scores.assign(row=judged.names[variant], judge=judge, score=scores.column, threshold=threshold)
+                )
     table = pd.concat(parts, ignore_index=True)
     table["column"] = table.score + " at " + table.threshold.astype(str)
     return table
@@ -124,9 +132,11 @@ def accuracy_leader(
     leaders = accuracy.idxmax()
     first = {"most often": leaders.mode()[0], "thresholds": int((leaders == leaders.mode()[0]).sum())}
     reach = (accuracy.max(axis=1) - accuracy.min(axis=1)).sort_values()
-    return first, (f"{part.judge.iloc[0]}: the highest accuracy is that of {first['most often']} at {first['thresholds']} "
-                   f"of {len(THRESHOLDS)} thresholds; over them accuracy moves by {reach.iloc[0]:.2f} ({reach.index[0]}) "
-                   f"to {reach.iloc[-1]:.2f} ({reach.index[-1]})")
+    return first, (
+        f"{part.judge.iloc[0]}: the highest accuracy is that of {first['most often']} at {first['thresholds']} "
+        f"of {len(THRESHOLDS)} thresholds; over them accuracy moves by {reach.iloc[0]:.2f} ({reach.index[0]}) "
+        f"to {reach.iloc[-1]:.2f} ({reach.index[-1]})"
+    )
 
 # %% ../nbs/30_judged.ipynb #268ed4fc
 STYLES = ["-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1, 1, 1))]
@@ -201,7 +211,8 @@ def draw_histograms(
     panels = {"figsize": size, "sharey": "row", "squeeze": False, "layout": "constrained"}
     figure, axes = plt.subplots(len(variants), len(judges), **panels)
     for line, key in zip(axes, variants):
-        for ax, judge in zip(line, judges): draw_histogram(ax, judged, judge, key, aucs[judge].measured[judged.names[key]])
+        for ax, judge in zip(line, judges):
+            draw_histogram(ax, judged, judge, key, aucs[judge].measured[judged.names[key]])
     for ax, judge in zip(axes[-1], judges): ax.set_xlabel(f"probability of an effusion, {judge}", fontsize=9)
     figure.supylabel("images (%)", fontsize=9)
     handles = [plt.Rectangle((0, 0), 1, 1, fc="C0", alpha=0.5), plt.Line2D([], [], color="C1", lw=1.8)]
@@ -273,5 +284,8 @@ def disagreement(
 ) -> str:  # a sentence
     "For which variants the judges' verdicts differ."
     split = verdicts[verdicts.nunique(axis=1) > 1]
-    kinds = [f"{row} ({', '.join(f'{judge}: {verdict}' for judge, verdict in one.items())})" for row, one in split.iterrows()]
+    kinds = [
+        f"{row} ({', '.join(f'{judge}: {verdict}' for judge, verdict in one.items())})"
+        for row, one in split.iterrows()
+    ]
     return f"the judges' verdicts differ for {len(split)} of {len(verdicts)} variants: {in_a_row(kinds)}"

@@ -30,7 +30,11 @@ from .judges import build_classifier, save_classifier
 from .phantoms import write_phantoms
 from .pictures import COLOURS, draw_pictures
 from .places import sha256, written_whole
-from .small_models import JUDGES, TARGETS, WIDTH, begin_linear, clip_embeddings, drawn_labels, fractal_images, mlm_loss, new_bert, new_clip, new_unet, new_vae, noise_scheduler, section_loss, symmetric_cross_entropy, tokenized, train_bpe, train_wordpiece, vae_loss, varied, velocity_weight
+from cxr_nb.small_models import (
+    JUDGES, TARGETS, WIDTH, begin_linear, clip_embeddings, drawn_labels, fractal_images, mlm_loss, new_bert,
+    new_clip, new_unet, new_vae, noise_scheduler, section_loss, symmetric_cross_entropy, tokenized, train_bpe,
+    train_wordpiece, vae_loss, varied, velocity_weight,
+)
 from .text_encoder import projection_head
 from .values import json_text
 

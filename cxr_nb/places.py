@@ -36,7 +36,7 @@ def repo_root() -> Path:
 def outputs_dir(
     profile: str,  # name of a profile
 ) -> Path:
-    "Folder of a profile's results, `outputs/<profile>` of the project or of `CXR_NB_OUTPUTS`, as seen from the project."
+    "Folder of a profile's results, `outputs/<profile>` of the project or `CXR_NB_OUTPUTS`, as seen from the project."
     return repo_root() / (os.environ.get("CXR_NB_OUTPUTS") or "outputs") / profile
 
 # %% ../nbs/00_places.ipynb #f01499b4
@@ -82,7 +82,7 @@ def slugs(
     names: Sequence[str],  # of files beside each other
     what: str,  # they are, for the message: "prompts", "encoders"
 ) -> dict[str, str]:  # name -> slug
-    "File names of several names; raises ValueError for an empty one, one that is there twice, and two that share a file name."
+    "File names of several names; raises ValueError for an empty or repeated one, and for two with one file name."
     by_name = {}
     for name in names:
         if not name: raise ValueError(f"{what}: one is empty; give it a name")

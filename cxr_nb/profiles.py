@@ -76,8 +76,10 @@ def _what_to_write(
         parts = [part.strip() if of_text else plain_value(part.strip()) for part in _as_text(value).split(",")]
         return f"; put it in brackets: {json.dumps(parts, ensure_ascii=False)}"
     if kind.startswith("dict"): return "; write {name: value}"
-    if value is None: return '; for no text write ""' if kind == "str" else "; for an empty list write []" * kind.startswith("list")
-    if kind == "str" and word: return f"""; quote it as it was written: "{_as_text(value)}", at a shell '"{_as_text(value)}"'"""
+    if value is None:
+        return '; for no text write ""' if kind == "str" else "; for an empty list write []" * kind.startswith("list")
+    if kind == "str" and word:
+        return f"""; quote it as it was written: "{_as_text(value)}", at a shell '"{_as_text(value)}"'"""
     return "; write true or false" if kind == "bool" else ""
 
 # %% ../nbs/00_profiles.ipynb #5666c9a2
@@ -125,15 +127,18 @@ def tagged_cells(
         raise FileNotFoundError(f"notebook {notebook}: no file nbs/{notebook}.ipynb{near}")
     try: return ["".join(c["source"]) for c in _cells(_stamp(path)) if tag in c["metadata"].get("tags", [])]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"notebook {notebook}: nbs/{notebook}.ipynb is no whole notebook ({error!r}); restore it") from None
+        raise ValueError(
+            f"notebook {notebook}: nbs/{notebook}.ipynb is no whole notebook ({error!r}); restore it"
+        ) from None
 
 # %% ../nbs/00_profiles.ipynb #5e1a07f4
 def notebook_named(
     text: str,  # "33_text_encoder_results", "nbs/33_text_encoder_results.ipynb", "33"
 ) -> str:  # its stem
-    """The notebook a person means: its name, else the one whose name begins so, the report's before a room of that number.
+    """The notebook of a name or of its beginning; the report's goes before a room of the same number.
 
-    A folder before it and `.ipynb` do not count. Raises FileNotFoundError where there is none, ValueError where there are several.
+    A folder before it and `.ipynb` do not count. Raises FileNotFoundError where there
+    is none, ValueError where there are several.
     """
     known, name = source_names("", ".ipynb"), Path(text).name.removesuffix(".ipynb")
     fitting = [name] if name in known else [one for one in known if name and one.startswith(name)]
@@ -142,7 +147,9 @@ def notebook_named(
         fitting = of_number or fitting
     if len(fitting) == 1: return fitting[0]
     if fitting: raise ValueError(f"notebook {text}: there are {' and '.join(fitting)}; write more of the name")
-    raise FileNotFoundError(f"notebook {text}: no file nbs/{name}.ipynb; there are {', '.join(known)}{suggestion(name, known)}")
+    raise FileNotFoundError(
+        f"notebook {text}: no file nbs/{name}.ipynb; there are {', '.join(known)}{suggestion(name, known)}"
+    )
 
 # %% ../nbs/00_profiles.ipynb #71af72a1
 def _parameters_cell(
@@ -165,12 +172,14 @@ def declared_parameters(
     where, declared = f"notebook {notebook}: its parameters cell", {}
     try: lines = ast.parse(_parameters_cell(notebook)).body
     except SyntaxError as error: raise ValueError(f"{where}, line {error.lineno or 1}: {error.msg}") from None
-    except (ValueError, MemoryError, RecursionError) as error: raise ValueError(f"{where}: {error or 'too deep'}") from None
+    except (ValueError, MemoryError, RecursionError) as error:
+        raise ValueError(f"{where}: {error or 'too deep'}") from None
     for node in lines:
         if not (isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.value):
             raise ValueError(f"{where} holds {ast.unparse(node)!r}; only 'name: type = value' may stand there")
         try: default = ast.literal_eval(node.value)
-        except (TypeError, ValueError): raise ValueError(f"{where}: the value of '{node.target.id}' is no literal") from None
+        except (TypeError, ValueError):
+            raise ValueError(f"{where}: the value of '{node.target.id}' is no literal") from None
         declared[node.target.id] = ast.unparse(node.annotation), default
     return declared
 
@@ -197,9 +206,8 @@ def _profile_file(
     try: sections = deepcopy(_sections(_stamp(path)))
     except ValueError as error: raise ValueError(f"profile '{name}': {error}") from None
     sections = {} if sections is None else sections
-    apart = "base", "without"
-    given = {key: value for key, value in sections.items() if key not in apart} if isinstance(sections, dict) else {0: 0}
-    if not all(isinstance(section, dict) for section in given.values()):
+    apart, is_dict = ("base", "without"), isinstance(sections, dict)
+    if not is_dict or not all(isinstance(given, dict) for key, given in sections.items() if key not in apart):
         raise ValueError(f"profile '{name}': expected one section of parameters per notebook")
     return sections
 

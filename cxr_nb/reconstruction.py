@@ -78,7 +78,10 @@ def text_loss(
     lost = mean_rows(lost, pairs.patient_id.to_numpy(), draws, seed)
     means = pairs[["ssim_text", "ssim_mirrored", "ssim_elsewhere"]].mean().round(3).to_dict()
     differences = lost.set_index("row")[["measured", "ci_low", "ci_high", "n"]].round(4).to_dict("index")
-    return {"images": len(pairs), **means, "differences": differences, "text_is_kept_worse": bool((lost.ci_low > 0).all())}
+    return {
+        "images": len(pairs), **means, "differences": differences,
+        "text_is_kept_worse": bool((lost.ci_low > 0).all()),
+    }
 
 # %% ../nbs/29_reconstruction.ipynb #44d2b179
 def noted_classification(

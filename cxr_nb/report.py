@@ -46,7 +46,10 @@ def _report_sources(
 ) -> list[str]:
     "Data sets with reports that a profile names."
     both = [SOURCES[key] for key in ("chexpert", "mimic_cxr") if parameters[key] and parameters[f"{key}_reports"]]
-    return ["Open-i", *both, *parameters["folders"], *(name for name, place in parameters["text_sources"].items() if place)]
+    return [
+        "Open-i", *both, *parameters["folders"],
+        *(name for name, place in parameters["text_sources"].items() if place),
+    ]
 
 # %% ../nbs/07_report.ipynb #07c0de10
 _DRAWING = {  # method, as `compared` of 35_classification_results names it -> notebook that draws its images
@@ -120,7 +123,10 @@ def _data_references(
     yield "21_datasets", "text_sources", named, "21_datasets (with reports)", _report_sources(data)
     if p["23_autoencoder"]["sources"]: yield _takes(p, "23_autoencoder", "sources", "21_datasets", images)
     if projection["caption_source"] == "cohort":
-        yield _takes(p, "25_textual_projection", "caption_source", "21_datasets (laion_400m)", ["cohort"] * bool(data["laion_400m"]))
+        yield _takes(
+            p, "25_textual_projection", "caption_source", "21_datasets (laion_400m)",
+            ["cohort"] * bool(data["laion_400m"]),
+        )
     yield "25_textual_projection", "drawn", projection["drawn"], "25_textual_projection", projection["variants"]
     yield _takes(p, "28_classification", "source", "21_datasets", images)
 
@@ -148,15 +154,16 @@ def _image_references(
     for notebook, name in (("10_introduction", "shown_variant"), ("34_generation_results", "shown_variant"),
                            ("E_ablations", "variant"), ("E_ablations", "prior_variant")):
         yield _takes(p, notebook, name, "27_unet_finetuning", drawn.get("27_unet_finetuning", []))
-    yield "34_generation_results", "for shown_variant", ["27_unet_finetuning"], "28_classification (drawn_by)", judged["drawn_by"]
+    drawing = ["27_unet_finetuning"]
+    yield "34_generation_results", "for shown_variant", drawing, "28_classification (drawn_by)", judged["drawn_by"]
 
 # %% ../nbs/07_report.ipynb #07c0de11
 def unfitting(
     profile: str,  # name of a profile
 ) -> list[str]:  # a line each; empty where all fits
     "Names in a profile's parameters that no notebook of it makes; raises what `resolve_parameters` raises."
-    p = {name: resolve_parameters(name, profile) for name in load_profile(profile)}
-    try: rows, lines = [*_data_references(p), *_image_references(p, _drawn(p)), *_compared(p, _drawn(p)), *_encoders(p)], []
+    p, lines = {name: resolve_parameters(name, profile) for name in load_profile(profile)}, []
+    try: rows = [*_data_references(p), *_image_references(p, _drawn(p)), *_compared(p, _drawn(p)), *_encoders(p)]
     except KeyError as error: return [f"profile '{profile}': section {error.args[0]} is missing"]
     # a name that leaves a notebook out is no mistake where the profile has nothing for it to work on
     whole = p["21_datasets"]["few_shot_source"] and p["23_autoencoder"]["sources"]
@@ -179,7 +186,8 @@ def _changed(
         written = json.loads(path.read_text(encoding="utf-8"))["outputs"].items()
         json.loads((folder / f"notebooks/{path.stem}.ipynb").read_text(encoding="utf-8"))
     except FileNotFoundError: return f"{path.stem}.ipynb is missing"
-    except (OSError, AttributeError, KeyError, TypeError, ValueError): return f"{path.stem}: its record or executed notebook is damaged"
+    except (OSError, AttributeError, KeyError, TypeError, ValueError):
+        return f"{path.stem}: its record or executed notebook is damaged"
     for name, digest in written:
         if not (folder / name).exists(): return f"{name} is missing"
         if sha256(folder / name) != digest: return f"{name} has changed"
@@ -264,8 +272,12 @@ def _to_run_again(
 def _make_snakemakes_folders():
     "Make the folders that Snakemake writes to."
     from snakemake.common import get_appdirs
-    make_writable(repo_root() / ".snakemake", "Snakemake keeps its notes there: run the report in a copy that you may write to")
-    make_writable(Path(get_appdirs().user_cache_dir), "Snakemake keeps its cache there: set XDG_CACHE_HOME to a folder that can")
+    make_writable(
+        repo_root() / ".snakemake", "Snakemake keeps its notes there: run the report in a copy that you may write to"
+    )
+    make_writable(
+        Path(get_appdirs().user_cache_dir), "Snakemake keeps its cache there: set XDG_CACHE_HOME to a folder that can"
+    )
 
 # %% ../nbs/07_report.ipynb #5561235e
 def _without_remains(
@@ -377,20 +389,25 @@ def _for_argparse(
 def main(
     argv: list[str] | None = None,  # arguments; the command line's by default
 ) -> None:
-    "The commands `cxr_nb run NOTEBOOK -p k 5` and `cxr_nb report`: a clear line and a non-zero exit where something is wrong."
+    "The commands `cxr_nb run NOTEBOOK -p k 5` and `cxr_nb report`; a mistake is a clear line and a non-zero exit."
     parser = ArgumentParser(prog="cxr_nb", description="Run notebooks of the report with a profile's parameters.")
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="run one notebook")
     report = commands.add_parser("report", help="run every notebook that is out of date")
     for command in (run, report):
         command.add_argument("--profile", default="demo", help="a file of nbs/profiles (default: demo)")
-    run.add_argument("notebook", help="its name in nbs/, e.g. 33_text_encoder_results, or as much of it as no other begins with")
+    run.add_argument(
+        "notebook", help="its name in nbs/, e.g. 33_text_encoder_results, or as much of it as no other begins with"
+    )
     instead = {"nargs": 2, "action": "append", "default": [], "metavar": ("NAME", "VALUE")}
     run.add_argument("-p", "--parameter", **instead, help="take VALUE in place of the profile's")
     report.add_argument("--cores", type=int, default=os.cpu_count(), help="to use (default: all)")
     report.add_argument("--target", default="report", choices=TARGETS, help="what to run (default: report)")
     try: args, more = parser.parse_known_args(_for_argparse(sys.argv[1:] if argv is None else argv))
     except ValueError as error: sys.exit(f"cxr_nb: {error}")
-    if more: sys.exit(f"cxr_nb: {' '.join(more)}: not understood; -p takes a name and one value, a list as '[\"a\", \"b\"]'")
+    if more:
+        sys.exit(
+            f"cxr_nb: {' '.join(more)}: not understood; -p takes a name and one value, a list as '[\"a\", \"b\"]'"
+        )
     if args.command == "report": sys.exit(report_or_exit(args.profile, args.cores, args.target))
     print(os.path.relpath(run_or_exit(args.notebook, args.profile, args.parameter)))

@@ -61,7 +61,9 @@ def summarise(
     # numbers in the place of names are several times quicker to resample
     codes, order = pd.Index(study.order).get_indexer(study.reports.label), list(range(len(study.order)))
     if key[2] == "cosine": means = pd.DataFrame({"mean": group_means(study.scores[key], codes, order)})
-    else: means = group_mean_intervals(study.scores[key], codes, study.reports.patient_id, order, draws, seed=seed, bounds=(0, 100))
+    else:
+        sampling = {"draws": draws, "seed": seed, "bounds": (0, 100)}
+        means = group_mean_intervals(study.scores[key], codes, study.reports.patient_id, order, **sampling)
     return means.set_axis([*study.order, "Macro", "Overall"])
 
 # %% ../nbs/30_retrieval.ipynb #adc89d29
@@ -77,10 +79,16 @@ def score_rows(
     studies: Sequence[Study],
 ) -> pd.DataFrame:  # source, study_id, patient_id, label, encoder, extraction, similarity, k, score
     "CheXpert@k of every report."
-    return pd.concat([
-        s.reports[["source", "study_id", "patient_id", "label"]].assign(encoder=e, extraction=x, similarity=y, k=s.k, score=v)
-        for s in studies for (e, x, y), v in s.scores.items()
-    ], ignore_index=True)
+    return pd.concat(
+        [
+            s.reports[["source", "study_id", "patient_id", "label"]].assign(
+                encoder=e, extraction=x, similarity=y, k=s.k, score=v
+            )
+            for s in studies
+            for (e, x, y), v in s.scores.items()
+        ],
+        ignore_index=True,
+    )
 
 # %% ../nbs/30_retrieval.ipynb #59c4130e
 def published_macros(
@@ -106,10 +114,19 @@ def measured_macros(
     for encoder in encoders:
         name = encoder["encoder"]
         for extraction in encoder["extractions"]:
-            dot, cosine = (summary[name, extraction, similarity].loc["Macro"] for similarity in ("dot_product", "cosine"))
-            rows.append([name, extraction, *dot, study.chance.mean(), cosine["mean"], study.k, encoder["cut"][study.source],
-                         study.source, notes.get(name, "")])
-    columns = ["row", "column", "measured", "ci_low", "ci_high", "n", "chance", "measured_cosine", "k", "cut", "measured_on", "note"]
+            dot, cosine = (
+                summary[name, extraction, similarity].loc["Macro"] for similarity in ("dot_product", "cosine")
+            )
+            rows.append(
+                [
+                    name, extraction, *dot, study.chance.mean(), cosine["mean"], study.k,
+                    encoder["cut"][study.source], study.source, notes.get(name, ""),
+                ]
+            )
+    columns = [
+        "row", "column", "measured", "ci_low", "ci_high", "n", "chance", "measured_cosine", "k", "cut",
+        "measured_on", "note",
+    ]
     return pd.DataFrame(rows, columns=columns)
 
 # %% ../nbs/30_retrieval.ipynb #241435f4
@@ -139,7 +156,8 @@ def table_3_beside(
     if study.macro not in printed.index:
         printed.loc[study.macro] = table_3.loc[study.order].mean().round(2)
         why[study.macro] = f"published: these classes' scores among the paper's {PAPER_CLASSES} classes"
-    for label in study.left_out: why[label] = f"left out: {study.available[label]} single-label reports with distinct impressions"
+    for label in study.left_out:
+        why[label] = f"left out: {study.available[label]} single-label reports with distinct impressions"
     printed = printed.rename_axis("row").reset_index().melt("row", var_name="column", value_name="published")
     table = beside_published(classes, printed, [*CHEXPERT_LABELS, "Macro", study.macro], columns)
     note = table.row.map(why).astype(object).fillna("") + "; " + table.column.map(dict(notes)).astype(object).fillna("")
@@ -198,7 +216,9 @@ def layout(
     "t-SNE coordinates; raises ValueError for a perplexity that is too large."
     from sklearn.manifold import TSNE
     if perplexity >= len(points) / 3:
-        raise ValueError(f"perplexity {perplexity:g} is too large for {len(points)} reports; stay below {len(points) / 3:g}")
+        raise ValueError(
+            f"perplexity {perplexity:g} is too large for {len(points)} reports; stay below {len(points) / 3:g}"
+        )
     start = {"metric": "precomputed", "init": "random"} if distances else {"init": "pca"}
     return TSNE(perplexity=perplexity, random_state=seed, **start).fit_transform(points)
 

@@ -94,7 +94,7 @@ def compare(
     comparison: str,  # of single rows
     cells: dict,  # (table, row, column) -> Estimate
 ) -> tuple[Estimate, float]:  # the difference, and the margin it must stay within; NaN: it must be above zero
-    "The difference that decides a comparison; raises ValueError for one that cannot be read, KeyError for a missing cell."
+    "The difference that decides a comparison; raises ValueError where it is not readable, KeyError for a missing cell."
     named = references(comparison)
     text, known = comparison, {f"cell_{i}": cells[cell] for i, cell in enumerate(named)}
     for name, (table, row, column) in zip(known, named): text = text.replace(f"{table}[{row} | {column}]", name)

@@ -133,7 +133,8 @@ def read_overrides(
     for name, text in pairs:
         if name in values: raise ValueError(f"parameter '{name}' is given twice; keep one")
         try: values[name] = read_value(text)
-        except ValueError: raise ValueError(f"parameter '{name}': {text!r} is neither a list nor text in quotes; quote it") from None
+        except ValueError:
+            raise ValueError(f"parameter '{name}': {text!r} is neither a list nor text in quotes; quote it") from None
     return values
 
 # %% ../nbs/06_runner.ipynb #63703e79
@@ -156,7 +157,9 @@ def _locked(
 ):
     "Hold a notebook's part of a results folder."
     locks = folder / ".locks"
-    return one_writer(locks / notebook, f"notebook {notebook}", [] if "CXR_NB_REPORT" in os.environ else [locks / "report"])
+    return one_writer(
+        locks / notebook, f"notebook {notebook}", [] if "CXR_NB_REPORT" in os.environ else [locks / "report"]
+    )
 
 # %% ../nbs/06_runner.ipynb #63703e80
 def run_or_exit(
@@ -171,7 +174,8 @@ def run_or_exit(
         notebook, overrides = notebook_named(notebook), read_overrides(pairs)
         folder = run_folder(notebook, resolve_parameters(notebook, profile, overrides))
         with _locked(notebook, folder), _announced(notebook): return run_notebook(notebook, profile, overrides)
-    except PapermillExecutionError as error: why = f"notebook {notebook} failed: {error.ename}: {error.evalue}".splitlines()[0]
+    except PapermillExecutionError as error:
+        why = f"notebook {notebook} failed: {error.ename}: {error.evalue}".splitlines()[0]
     except DeadKernelError: why = f"notebook {notebook} failed: its kernel died, for want of memory or by a signal"
     except (OSError, KeyError, TypeError, ValueError) as error:
         sys.exit(f"cxr_nb: {error.args[-1] if isinstance(error, KeyError) else error}")

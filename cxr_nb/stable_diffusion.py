@@ -295,7 +295,7 @@ def sample(
     seeds: Sequence[int],  # one per image
     steps: int = 50,  # denoising steps
     guidance_scale: float = 7.5,  # 1: the prompt alone, without guidance
-    negative_prompt: str | torch.Tensor = "",  # that guidance leads away from; or states of as many tokens as the prompt's
+    negative_prompt: str | torch.Tensor = "",  # guidance leads away from it; or states, as many as the prompt's
     size: int | None = None,  # pixels a side; what the U-Net was trained for by default
     batch_size: int = 8,  # images at a time
 ) -> torch.Tensor:  # (n, 3, size, size) uint8

@@ -46,8 +46,10 @@ def paper_view(
 ) -> "pd.DataFrame":  # rows (row, published | measured), one column per printed column
     "A table in the paper's shape."
     import pandas as pd
-    shown = {"published": [with_interval(v, decimals=decimals) for v in table["published"]],
-             "measured": [with_interval(*v, decimals) for v in zip(table["measured"], table["ci_low"], table["ci_high"])]}
+    shown = {
+        "published": [with_interval(v, decimals=decimals) for v in table["published"]],
+        "measured": [with_interval(*v, decimals) for v in zip(table["measured"], table["ci_low"], table["ci_high"])],
+    }
     long = pd.concat([table[["row", "column"]].assign(value=kind, cell=cells) for kind, cells in shown.items()])
     rows = pd.MultiIndex.from_product([table["row"].unique(), list(shown)], names=["row", "value"])
     wide = long.pivot(index=["row", "value"], columns="column", values="cell")

@@ -110,11 +110,13 @@ def read_variant(
     "The parts of a variant; raises ValueError for a variant that lacks one or has another."
     kind, word, levels = variant.get("templates"), variant.get("word"), variant.get("levels", ["procedure"])
     known = kind in [*TEMPLATES] and isinstance(word, str) and not variant.keys() - {"templates", "word", "levels"}
-    all_levels = isinstance(levels, list) and levels and not set(levels) - {*COLUMNS} and len(set(levels)) == len(levels)
+    all_levels = (
+        isinstance(levels, list) and levels and not set(levels) - {*COLUMNS} and len(set(levels)) == len(levels)
+    )
     if not (known and all_levels and re.fullmatch(r"[^,\s]+", word)):
         raise ValueError(
-            f"variant {variant}: takes templates ({' or '.join(TEMPLATES)}), word (one) and, if not the procedure alone, "
-            f"levels (a list of some of {', '.join(COLUMNS)})"
+            f"variant {variant}: takes templates ({' or '.join(TEMPLATES)}), word (one) and, if not the procedure "
+            f"alone, levels (a list of some of {', '.join(COLUMNS)})"
         )
     return kind, word, levels
 

@@ -46,7 +46,9 @@ def read_captions(
         else: lines = path.read_text(encoding="utf-8").splitlines()
     except (ValueError, OSError) as error:  # UnicodeDecodeError, and pyarrow's, are ValueErrors
         why = message_of(error, 120)
-        raise ValueError(f"caption_source: {path} is neither UTF-8 text nor parquet with a column caption ({why})") from None
+        raise ValueError(
+            f"caption_source: {path} is neither UTF-8 text nor parquet with a column caption ({why})"
+        ) from None
     return [line.strip() for line in lines if line and line.strip()]
 
 # %% ../nbs/25_textual_projection.ipynb #e55d18c4

@@ -103,7 +103,8 @@ def _json_dict(
     made = {}
     for key, one in value.items():
         text = _json_form(key, f"a key of {where}")
-        if text is None or isinstance(text, list | dict): raise TypeError(f"{where} has the key {key!r}; JSON takes text")
+        if text is None or isinstance(text, list | dict):
+            raise TypeError(f"{where} has the key {key!r}; JSON takes text")
         if not isinstance(text, str): text = json.dumps(text)
         if text in made: raise TypeError(f"{where} has two keys that are {text!r} as text; change one")
         made[text] = _json_form(one, f"{where}[{text!r}]")

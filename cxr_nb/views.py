@@ -36,7 +36,9 @@ def in_digits(
     if decimals is not None: return paper_view(table, decimals)
     size = np.log10(table.measured.abs().where(table.measured != 0))
     by = min(("row", "column"), key=lambda name: size.groupby(table[name]).agg(np.ptp).mean())
-    parts = [paper_view(part, places(part.measured.fillna(part.published))) for _, part in table.groupby(by, sort=False)]
+    parts = [
+        paper_view(part, places(part.measured.fillna(part.published))) for _, part in table.groupby(by, sort=False)
+    ]
     return pd.concat(parts, axis=["row", "column"].index(by))
 
 # %% ../nbs/09_views.ipynb #88ab27a4
@@ -114,8 +116,14 @@ def constants(
 ) -> str:  # e.g. "threshold 0.5, judge judge_a"
     "Further columns that have one value in all measured rows."
     further = table[table.measured.notna()].drop(columns=[*TABLE_COLUMNS, "note"], errors="ignore")
-    values = {name: further[name].iloc[0] for name in further if len(further) and further[name].nunique(dropna=False) == 1}
-    text = {name: f"{value:.4g}" if isinstance(value, float) else str(value) for name, value in values.items() if pd.notna(value)}
+    values = {
+        name: further[name].iloc[0] for name in further if len(further) and further[name].nunique(dropna=False) == 1
+    }
+    text = {
+        name: f"{value:.4g}" if isinstance(value, float) else str(value)
+        for name, value in values.items()
+        if pd.notna(value)
+    }
     return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in text.items())
 
 # %% ../nbs/09_views.ipynb #ff390719
@@ -174,11 +182,18 @@ def table_views(
     "A table's parts as the template takes them."
     table, caption = pd.read_csv(path), description["caption"]
     if table.empty:
-        blank = {"head": [], "corner": "", "lines": [], "n": "", "beside": False, "cells": "numbers", "notes": [], "total": 0}
+        blank = {
+            "head": [], "corner": "", "lines": [], "n": "", "beside": False, "cells": "numbers", "notes": [],
+            "total": 0,
+        }
         return [blank | {"caption": caption, "footer": "Empty: too few images for a value.", "folded": False}]
     if "by" not in description: return [_table_view(table, description, caption, open_lines, most_lines)]
-    return [_table_view(part, description, f"{caption.removesuffix('.')} ({value})." if value else caption, open_lines, most_lines)
-            for value, part in table.groupby(description["by"], sort=False)]
+    return [
+        _table_view(
+            part, description, f"{caption.removesuffix('.')} ({value})." if value else caption, open_lines, most_lines
+        )
+        for value, part in table.groupby(description["by"], sort=False)
+    ]
 
 # %% ../nbs/09_views.ipynb #6e031621
 def inlined(
