@@ -25,7 +25,7 @@ from .classification import effusion_scores
 from .cohorts import only_finding
 from .few_shot import CONCEPTS, few_shot_candidates
 from .generation import bounded
-from .intervals import group_mean_intervals, jackknife, mean_of_splits
+from .intervals import group_mean_intervals, jackknife
 from .judges import features, probabilities
 from .metrics import frechet_distance
 from .stable_diffusion import load_pipeline, sample

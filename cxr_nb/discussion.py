@@ -14,7 +14,7 @@ from types import MappingProxyType
 
 from .cells import EXTENDED
 from .classification import blind_judge
-from .graph import Graph, graph
+from .graph import Graph
 from .rules import REFERENCE, Estimate, decide, references
 
 # %% ../nbs/40_discussion.ipynb #401e9674

@@ -20,7 +20,6 @@ from jinja2 import Environment, StrictUndefined
 from .core import Run
 from .graph import Graph, graph
 from .places import slug
-from .profiles import load_profile
 from .sentences import FOUND, listed
 from .tables import published, with_interval
 from .views import embedded, inlined, table_views

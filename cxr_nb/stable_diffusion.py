@@ -11,7 +11,6 @@ __all__ = ['COMPONENTS', 'SCHEDULERS', 'components_folder', 'load_component', 'l
 # %% ../nbs/22_stable_diffusion.ipynb #b37b6889
 import copy
 import inspect
-import json
 from collections.abc import Sequence
 from numbers import Integral
 from pathlib import Path

@@ -75,6 +75,18 @@ def test_an_export_cell_holds_one_definition(name):
 def test_a_module_is_one_room(path): assert len(path.read_text().splitlines()) <= 500
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "cxr_nb").glob("[!_]*.py")), ids=lambda path: path.stem)
+def test_a_module_uses_what_it_imports(path):
+    "What only examples and the report need is imported by a cell of theirs."
+    nodes = list(ast.walk(ast.parse(path.read_text())))
+    imports = [alias for node in nodes if isinstance(node, ast.Import | ast.ImportFrom) for alias in node.names]
+    names = {(alias.asname or alias.name).split(".")[0] for alias in imports if alias.name not in OF_A_PACKAGE}
+    assert not names - {node.id for node in nodes if isinstance(node, ast.Name)}
+
+
+OF_A_PACKAGE = {"pyarrow.csv", "pyarrow.parquet"}  # parts of `pa`, which has them once they are imported
+
+
 def test_files_are_declared_once():
     "In a cell of each notebook of the report, and nowhere else."
     declaring = {name for name in NOTEBOOKS for cell in cells(name) if "files" in cell["metadata"].get("tags", [])}
