@@ -25,9 +25,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
-from .checkpoints import fill_network, find_checkpoint, load_network, read_settings, split_place
+from .checkpoints import fill_network, find_checkpoint, is_place, load_network, read_settings
 from .core import torch_device
-from .places import find_path, sha256, written_whole
+from .places import model_name, sha256, split_place, written_whole
 from .values import in_one_line, message_of
 
 # %% ../nbs/04_judges.ipynb #d0ebfb92
@@ -229,24 +229,23 @@ def _local_classifier(folder, name):
 # %% ../nbs/04_judges.ipynb #bc4d2e9e
 def _place(source, needs, what):
     "The folder of a classifier or a vision model, and its name; needs gives the files that it must have."
-    location, revision = split_place(str(source))
-    folder = find_checkpoint(location, revision, needs, f"{what} {source}", "name that folder in its place")
-    return folder, Path(location).name
+    place = split_place(source)
+    return find_checkpoint(*place, needs, f"{what} {source}", "name that folder in its place"), model_name(source)
 
 # %% ../nbs/04_judges.ipynb #9a3ba780
 _FILES = [[("config.json",)], [("model.safetensors",)]]
 
 # %% ../nbs/04_judges.ipynb #07016bcd
 def load_classifier(
-    source: str | Path,  # a name of torchxrayvision's DenseNet weights, a folder, or a hub id with or without @revision
+    source: str | Path,  # a name of torchxrayvision's DenseNet weights, or a place: folder, hub id, inside a package
     device: str = "cpu",  # torch device, or "auto"
 ) -> Classifier:
-    """Load one of torchxrayvision's classifiers, fetched once into the user's home, or one from a folder or the hub.
+    """Load one of torchxrayvision's classifiers, fetched once into the user's home, or one from a place.
 
     Raises FileNotFoundError where files are not to be had, with what to download
     and where to put it, and ValueError for an unknown name or other weights.
     """
-    if find_path(source).is_dir() or "/" in str(source):
+    if is_place(source):
         classifier = _local_classifier(*_place(source, lambda names: _FILES, "classifier"))
     else:
         from torchxrayvision.models import model_urls
@@ -402,7 +401,7 @@ def load_extractor(
 ) -> Extractor:
     "Load a feature extractor; raises what `load_classifier` raises, and ValueError for a wrong vision model."
     vision = lambda names: _FILES + [[("preprocessor_config.json",)]] * ("preprocessor_config.json" in names)
-    if find_path(source).is_dir() or "/" in str(source):
+    if is_place(source):
         folder, name = _place(source, vision, "extractor")
         if (folder / "preprocessor_config.json").is_file(): return _vision_model(folder, name, device)
     inception = re.fullmatch(r"inception(?:-(64|192|768|2048))?", str(source))

@@ -100,14 +100,14 @@ def test_safetensors_are_read_too(made, tmp_path):
         weights = torch.load(folder / "pytorch_model.bin", weights_only=True)
         save_file({k: v.clone().contiguous() for k, v in weights.items()}, folder / "model.safetensors", metadata={"format": "pt"})
         (folder / "pytorch_model.bin").unlink()
-        a, b = (embed(load_text_encoder(f"{name}={f}"), TEXTS, progress=False)[0] for f in (folder, made[name][0]))
+        a, b = (embed(load_text_encoder(name, str(f)), TEXTS, progress=False)[0] for f in (folder, made[name][0]))
         for key in a: torch.testing.assert_close(a[key], b[key])
 
 
 def broken(made, tmp_path, name, change):
     folder = shutil.copytree(made[name][0], tmp_path / "broken")
     change(folder)
-    with pytest.raises((ValueError, FileNotFoundError)) as caught: load_text_encoder(f"{name}={folder}")
+    with pytest.raises((ValueError, FileNotFoundError)) as caught: load_text_encoder(name, str(folder))
     message = str(caught.value)
     assert message.startswith(f"text encoder {name}: ") and "\n" not in message
     return message
@@ -204,7 +204,7 @@ def test_half_precision_is_read_in_single(made, tmp_path, name, part):
     save_file({k: (v.half() if v.is_floating_point() else v).contiguous() for k, v in weights.items()}, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "pytorch_model.bin").unlink()
     (folder / "config.json").write_text(json.dumps(json.loads((folder / "config.json").read_text()) | {"dtype": "float32"}))
-    encoder = load_text_encoder(f"{name}={tmp_path / 'half'}")
+    encoder = load_text_encoder(name, str(tmp_path / "half"))
     assert {p.dtype for module in (encoder.model, encoder.head) if module for p in module.parameters()} == {torch.float32}
     a, b = embed(encoder, TEXTS, progress=False)[0], embed(load(made, name), TEXTS, progress=False)[0]
     assert a.keys() == b.keys()
