@@ -22,7 +22,8 @@ from threading import Thread
 from urllib.parse import urljoin, urlsplit
 
 import torch
-from huggingface_hub import HfApi, ModelCard, constants, get_hf_file_metadata, hf_hub_download, hf_hub_url, snapshot_download
+from huggingface_hub import HfApi, ModelCard, constants, get_hf_file_metadata, hf_hub_download, hf_hub_url
+from huggingface_hub import snapshot_download
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 from huggingface_hub.utils.sha import git_hash
 from safetensors.torch import load_file
@@ -345,7 +346,8 @@ def package_record(
     found = packages_distributions().get(names[0]) if names else None
     if not found: return {}
     package = distribution(found[0])
-    record = {"package": f"{package.name} {package.version}", "licence": _licence(package), "origin": package.metadata["Summary"]}
+    record = {"package": f"{package.name} {package.version}", "licence": _licence(package)}
+    record["origin"] = package.metadata["Summary"]
     cards = [Path(file.locate()) for file in package.files or () if file.name == "README.md"]
     licence = next((ModelCard.load(card).data.license for card in cards), None)
     return record | ({"weights_licence": licence} if licence else {})

@@ -359,7 +359,8 @@ def _efficientnet(device):
     kept = [tensor for name, tensor in weights.items() if not name.startswith("_fc.")]
     network = fill_network(network, dict(zip(network.state_dict(), kept, strict=True)), what)
     network.to(torch_device(device), memory_format=torch.channels_last)  # half the time on a CPU
-    size, mean, std = (network.pretrained_cfg[key][-1] for key in ("input_size", "mean", "std"))  # alike in all channels
+    # alike in all channels
+    size, mean, std = (network.pretrained_cfg[key][-1] for key in ("input_size", "mean", "std"))
     def embed(images):
         colour = _resized(images.to(next(network.parameters()).device).expand(-1, 3, -1, -1), size)
         return network(((colour - mean) / std).contiguous(memory_format=torch.channels_last))
@@ -426,7 +427,7 @@ def _vision_model(folder, name, device):
 
 # %% ../nbs/04_judges.ipynb #3e196055
 def load_extractor(
-    source: str | Path,  # "efficientnet-lite0", "inception", "inception-64" (-192, -768), a vision model's place, a classifier's
+    source: str | Path,  # "efficientnet-lite0", "inception", "inception-64" (-192, -768), or as a classifier's
     device: str = "cpu",  # torch device, or "auto"
 ) -> Extractor:
     "Load a feature extractor; raises what `load_classifier` raises, and ValueError for a wrong vision model."
@@ -444,7 +445,7 @@ def load_extractors(
     places: Sequence[str],  # each as `load_extractor` takes it
     device: str = "cpu",  # torch device, or "auto"
 ) -> list[Extractor]:
-    "Load all whose packages are installed and name the others; raises ValueError where none is left or two share a name."
+    "Load all whose packages are installed, name the others; raises ValueError where none is left or two share a name."
     lacking = {place: missing for place in places if (missing := lacking_package(place))}
     for place, missing in lacking.items(): print(f"extractor {place} is left out: {missing}")
     if lacking and len(lacking) == len(places): raise ValueError(f"extractors: none is left; {missing}")

@@ -77,7 +77,8 @@ def score_rows(
 ) -> pd.DataFrame:  # study_id, patient_id, label, source, encoder, extraction, similarity, k, score
     "CheXpert@k of every report."
     return pd.concat([
-        s.reports[["study_id", "patient_id", "label"]].assign(source=s.source, encoder=e, extraction=x, similarity=y, k=s.k, score=v)
+        s.reports[["study_id", "patient_id", "label"]]
+        .assign(source=s.source, encoder=e, extraction=x, similarity=y, k=s.k, score=v)
         for s in studies for (e, x, y), v in s.scores.items()
     ], ignore_index=True)
 

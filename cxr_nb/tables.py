@@ -54,7 +54,9 @@ def paper_view(
 ) -> "pd.DataFrame":  # rows (row, published | measured | measured in another way), one column per printed column
     "A table in the paper's shape."
     import pandas as pd
-    def measured(end): return [with_interval(*v, decimals) for v in zip(*(table[f"{k}{end}"] for k in ("measured", "ci_low", "ci_high")))]
+    def measured(ending):
+        columns = [table[name + ending] for name in ("measured", "ci_low", "ci_high")]
+        return [with_interval(*numbers, decimals) for numbers in zip(*columns)]
     shown = {"published": [with_interval(v, decimals=decimals) for v in table["published"]], "measured": measured("")}
     shown |= {f"measured, {way}": measured(f"_{way}") for way in other_ways(table)}
     long = pd.concat([table[["row", "column"]].assign(value=kind, cell=cells) for kind, cells in shown.items()])

@@ -22,7 +22,7 @@ import torch
 from tqdm.auto import tqdm
 
 from .checkpoints import WEIGHTS, commit_of, fill_network, find_checkpoint, load_network, load_tokenizer
-from .checkpoints import read_settings, read_tensors
+from .checkpoints import package_record, read_settings, read_tensors
 from .core import torch_device
 from .places import sha256, split_place
 
@@ -173,14 +173,14 @@ def load_text_encoder(
 # %% ../nbs/24_text_encoder.ipynb #1e4f5da8
 def provenance(
     encoder: TextEncoder,  # as loaded
-) -> dict[str, object]:  # location, revision, weights_sha256, lower_case, max_length
+) -> dict[str, object]:  # location, revision, weights_sha256, lower_case, max_length; further keys of a package
     "What to record of a loaded encoder."
     source, folder = encoder.source, encoder.folder
     parts = [folder / part / name for part in (".", "text_encoder") for name in WEIGHTS]
     return {
         "location": source.location, "revision": commit_of(folder) or source.revision,
         "weights_sha256": sha256(next(path for path in parts if path.exists())),
-        "lower_case": source.lower_case, "max_length": encoder.max_length,
+        "lower_case": source.lower_case, "max_length": encoder.max_length, **package_record(source.location),
     }
 
 # %% ../nbs/24_text_encoder.ipynb #93952615

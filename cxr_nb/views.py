@@ -69,7 +69,8 @@ def paper_lines(
     also: list[str],  # further columns that hold one value per row
 ) -> dict:  # head: list of text; lines: (label, kind, cells); n: text; beside: whether anything is published
     "A long table in the paper's shape, with the number of observations where it belongs."
-    kinds = {"published": "published", "measured": "measured"} | {f"measured_{way}": f"measured, {way}" for way in other_ways(table)}
+    kinds = {"published": "published", "measured": "measured"}
+    kinds |= {f"measured_{way}": f"measured, {way}" for way in other_ways(table)}
     has, measured = table[[*kinds]].notna().rename(columns=kinds), table[table.measured.notna()]
     view = in_digits(table, decimals).reindex(columns=table.column.unique()).fillna("–")
     present = {(row, kind) for kind in has for row in table.row[has[kind]]}

