@@ -14,7 +14,7 @@ from fnmatch import fnmatchcase
 from graphlib import CycleError, TopologicalSorter
 from pathlib import PurePath
 
-from .places import slug
+from .places import lacking_package, model_name, slug
 from .profiles import left_out_by, resolve_all, resolve_parameters, tagged_cells
 from .values import in_one_line
 
@@ -34,10 +34,10 @@ def sheets(
 
 # %% ../nbs/00_graph.ipynb #2d7af173
 def model_slug(
-    place: str,  # of a checkpoint: a folder, a name, a hub id
+    place: str,  # of a checkpoint: a folder, a name, a hub id, a package
 ) -> str:
     "What names the files of a model."
-    return slug(PurePath(place).name)
+    return slug(model_name(place))
 
 # %% ../nbs/00_graph.ipynb #621b2a46
 def setting(
@@ -97,7 +97,7 @@ class Files:
 def _is_list_of_text(value): return isinstance(value, list) and all(isinstance(one, str) for one in value)
 
 # %% ../nbs/00_graph.ipynb #e40291dc
-HELPERS = {one.__name__: one for one in (slug, figures, sheets, model_slug, matching, stars, setting)}
+HELPERS = {one.__name__: one for one in (slug, lacking_package, figures, sheets, model_slug, matching, stars, setting)}
 
 # %% ../nbs/00_graph.ipynb #65fe54a4
 def declared_files(

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from .cohorts import CHEXPERT_LABELS
-from .intervals import group_mean_intervals, group_means
+from .intervals import group_mean_intervals
 from .results_tables import beside_published
 from .text_encoder import chance
 
@@ -56,14 +56,11 @@ def summarise(
     key: tuple[str, str, str],  # encoder, extraction, similarity
     draws: int = 2000,  # bootstrap samples
     seed: int = 0,  # of the resampling
-) -> pd.DataFrame:  # classes, "Macro", "Overall" by mean, ci_low, ci_high, n; of cosine by mean alone
+) -> pd.DataFrame:  # classes, "Macro", "Overall" by mean, ci_low, ci_high, n
     "Mean CheXpert@k by class."
     # numbers in the place of names are several times quicker to resample
     codes, order = pd.Index(study.order).get_indexer(study.reports.label), list(range(len(study.order)))
-    if key[2] == "cosine": means = pd.DataFrame({"mean": group_means(study.scores[key], codes, order)})
-    else:
-        sampling = {"draws": draws, "seed": seed, "bounds": (0, 100)}
-        means = group_mean_intervals(study.scores[key], codes, study.reports.patient_id, order, **sampling)
+    means = group_mean_intervals(study.scores[key], codes, study.reports.patient_id, order, draws, seed=seed, bounds=(0, 100))
     return means.set_axis([*study.order, "Macro", "Overall"])
 
 # %% ../nbs/30_retrieval.ipynb #adc89d29
@@ -77,18 +74,13 @@ def best_extractions(
 # %% ../nbs/30_retrieval.ipynb #bc0a13dd
 def score_rows(
     studies: Sequence[Study],
-) -> pd.DataFrame:  # source, study_id, patient_id, label, encoder, extraction, similarity, k, score
+) -> pd.DataFrame:  # study_id, patient_id, label, source, encoder, extraction, similarity, k, score
     "CheXpert@k of every report."
-    return pd.concat(
-        [
-            s.reports[["source", "study_id", "patient_id", "label"]].assign(
-                encoder=e, extraction=x, similarity=y, k=s.k, score=v
-            )
-            for s in studies
-            for (e, x, y), v in s.scores.items()
-        ],
-        ignore_index=True,
-    )
+    return pd.concat([
+        s.reports[["study_id", "patient_id", "label"]]
+        .assign(source=s.source, encoder=e, extraction=x, similarity=y, k=s.k, score=v)
+        for s in studies for (e, x, y), v in s.scores.items()
+    ], ignore_index=True)
 
 # %% ../nbs/30_retrieval.ipynb #59c4130e
 def published_macros(
@@ -114,19 +106,11 @@ def measured_macros(
     for encoder in encoders:
         name = encoder["encoder"]
         for extraction in encoder["extractions"]:
-            dot, cosine = (
-                summary[name, extraction, similarity].loc["Macro"] for similarity in ("dot_product", "cosine")
-            )
-            rows.append(
-                [
-                    name, extraction, *dot, study.chance.mean(), cosine["mean"], study.k,
-                    encoder["cut"][study.source], study.source, notes.get(name, ""),
-                ]
-            )
-    columns = [
-        "row", "column", "measured", "ci_low", "ci_high", "n", "chance", "measured_cosine", "k", "cut",
-        "measured_on", "note",
-    ]
+            dot, cosine = (summary[name, extraction, similarity].loc["Macro"] for similarity in ("dot_product", "cosine"))
+            rows.append([name, extraction, *dot, study.chance.mean(), *cosine[:3], study.k, encoder["cut"][study.source],
+                         study.source, notes.get(name, "")])
+    ends = ["measured", "ci_low", "ci_high"]
+    columns = ["row", "column", *ends, "n", "chance", *(f"{end}_cosine" for end in ends), "k", "cut", "measured_on", "note"]
     return pd.DataFrame(rows, columns=columns)
 
 # %% ../nbs/30_retrieval.ipynb #241435f4

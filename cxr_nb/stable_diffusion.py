@@ -20,11 +20,11 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from .checkpoints import choose_files, commit_of, files_in, find_checkpoint, load_network
-from .checkpoints import load_quietly, load_tokenizer, read_settings, split_place
+from .checkpoints import load_quietly, load_tokenizer, read_settings
 from .core import Run, torch_device
 from .image_sets import image_set
 from .judges import unit_images
-from .places import sha256, written_whole
+from .places import sha256, split_place, written_whole
 from .values import in_one_line
 
 # %% ../nbs/22_stable_diffusion.ipynb #96036f74

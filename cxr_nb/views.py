@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from .tables import TABLE_COLUMNS, paper_view
+from .tables import TABLE_COLUMNS, other_ways, paper_view
 
 # %% ../nbs/09_views.ipynb #b9903796
 def places(
@@ -71,7 +71,9 @@ def paper_lines(
     also: list[str],  # further columns that hold one value per row
 ) -> dict:  # head: list of text; lines: (label, kind, cells); n: text; beside: whether anything is published
     "A long table in the paper's shape, with the number of observations where it belongs."
-    has, measured = table[["published", "measured"]].notna(), table[table.measured.notna()]
+    kinds = {"published": "published", "measured": "measured"}
+    kinds |= {f"measured_{way}": f"measured, {way}" for way in other_ways(table)}
+    has, measured = table[[*kinds]].notna().rename(columns=kinds), table[table.measured.notna()]
     view = in_digits(table, decimals).reindex(columns=table.column.unique()).fillna("–")
     present = {(row, kind) for kind in has for row in table.row[has[kind]]}
     by, beside = count_column(measured), bool(has.published.any())

