@@ -99,6 +99,16 @@ def test_files_are_declared_once():
                     assert len(call.args) == 1, f"{name}: the graph knows who makes it: {ast.unparse(call)}"
 
 
+@pytest.mark.parametrize("name", sorted(graph.graph("demo").declared))
+def test_a_notebook_of_the_report_says_in_words_what_it_computed(name):
+    "Once, in one of its last two cells: the other may show how many reports an encoder cuts."
+    last = [re.sub(r"^[%!].*", "", cell["text"], flags=re.M) for cell in cells(name)]
+    calls = [(len(last) - i, {keyword.arg for keyword in node.keywords}) for i, text in enumerate(last) for node in ast.walk(ast.parse(text))
+             if isinstance(node, ast.Call) and ast.unparse(node.func) == "run.finish"]
+    [(from_the_end, keywords)] = calls
+    assert from_the_end <= 2 and {"says", None} & keywords, "run.finish(says=[…], …)"
+
+
 @pytest.mark.parametrize("name", NOTEBOOKS)
 def test_imports_stand_in_cells_of_their_own(name):
     for cell in cells(name):
@@ -222,6 +232,8 @@ def test_committed_results_are_one_clean_run_of_the_demo():
         assert given == resolved
         if record["notebook"] != "D_benchmarks":  # whose results are times
             assert not {"seconds", "device", "peak_memory_mb"} & record.keys(), f"{path.name} holds what is another at every run"
+        # what is measured apart is made anew seldom; the page names a record of it that lacks sentences
+        assert record.get("says") or path.stem in graph.APART.values(), f"{path.name} holds no sentence"
         assert re.fullmatch(r"[0-9a-f]{40}", record["commit"]), f"{path.name} was made from uncommitted code: {record['commit']}"
         assert (ROOT / f"outputs/demo/notebooks/{record['notebook']}.ipynb").exists()
         for name, digest in record["outputs"].items():

@@ -22,7 +22,7 @@ def project(tmp_path, copy_project):
     cells = [new.new_markdown_cell("# Small\n> For a test."),
              new.new_code_cell('profile: str = "tiny"\nk: int = 10\nrate: float = 0.5\nnames: list = ["a"]', metadata={"tags": ["parameters"]}),
              new.new_code_cell("from cxr_nb.core import Run"), new.new_code_cell('run = Run("99_small", globals())'),
-             new.new_code_cell('if k > 50: raise ValueError(f"k={k} is too large")\nrun.write("measures/k.txt", lambda p: p.write_text(str(k)))\nrun.finish(k=k);')]
+             new.new_code_cell('if k > 50: raise ValueError(f"k={k} is too large")\nrun.write("measures/k.txt", lambda p: p.write_text(str(k)))\nrun.finish(says=["It ran."], k=k);')]
     for i, cell in enumerate(cells): cell["id"] = f"cell{i}"
     kernel = {"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}}
     nbformat.write(new.new_notebook(cells=cells, metadata=kernel), copy / "nbs/99_small.ipynb")
@@ -216,7 +216,7 @@ def test_failed_run_says_why_in_one_line_and_keeps_its_notebook(project, run_in)
 
 def test_a_kernel_that_dies_ends_in_one_line(project, run_in):
     notebook = project / "nbs/99_small.ipynb"
-    notebook.write_text(notebook.read_text().replace("run.finish(k=k);", "import os; os.kill(os.getpid(), 9)"))
+    notebook.write_text(notebook.read_text().replace('run.finish(says=[\\"It ran.\\"], k=k);', "import os; os.kill(os.getpid(), 9)"))
     profile(project, GOOD)
     done = run_in(project, "cxr_nb", "run", "99_small", "--profile", "tiny")
     assert done.returncode == 1 and "Traceback" not in done.stderr
