@@ -6,7 +6,7 @@
 __all__ = ['SET', 'CLOSE', 'MARKERS', 'Comparison', 'split_real', 'compare_sets', 'set_rows', 'measured_rows', 'feature_rows',
            'diversity_rows', 'pixel_rows', 'measure_table', 'extended_table', 'nearest_table', 'rank_table', 'best_set',
            'sets_above', 'by_set', 'draw_image', 'draw_samples', 'draw_originals_and_synthetic', 'draw_nearest',
-           'draw_panel', 'draw_measures']
+           'draw_panel', 'draw_measures', 'nearest_sentences', 'rule_sentence']
 
 # %% ../nbs/30_comparison.ipynb #b3de2507
 from collections.abc import Callable, Mapping, Sequence
@@ -29,6 +29,7 @@ from .intervals import jackknife, percentile_interval
 from .metrics import disjoint_halves
 from .prompts import prompt_finding
 from .tables import TABLE_COLUMNS
+from .values import listed
 
 # %% ../nbs/30_comparison.ipynb #1b40cd54
 SET = KEYS[:3]
@@ -421,3 +422,30 @@ def draw_measures(
     look = {"fontsize": 8, "title_fontsize": 9, "frameon": False, "title": title}
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper left", ncols=len(columns), **look)
     return figure
+
+# %% ../nbs/30_comparison.ipynb #8097ca56
+def nearest_sentences(
+    winners: dict[str, dict[str, dict]],  # prompt -> extractor -> as `best_set` gives it
+    extractor: str,  # of Table 4
+) -> list[str]:
+    "The strategy with the lowest Fréchet distance, by prompt (§3.4)."
+    sentences = []
+    for prompt, by_extractor in winners.items():
+        one = by_extractor[extractor]
+        others = {name: other["best"] for name, other in by_extractor.items() if other["best"] != one["best"]}
+        clear = "clear" if one["clear"] else "not clear"
+        agree = f"by {listed(f'{name} it is {best}' for name, best in others.items())}" if others else "all extractors name it"
+        sentences.append(
+            f"“{prompt}”: {one['best']} has the lowest Fréchet distance on {extractor}, {one['measured']:.3g} ({clear} of all "
+            f"other methods; real images have {one['floor']:.3g}); {agree}.")
+    return sentences
+
+# %% ../nbs/30_comparison.ipynb #43a6e64d
+def rule_sentence(
+    what: str,  # what sets do above the limit, e.g. "copy"
+    counted: dict,  # as `sets_above` gives it
+) -> str:
+    "How many sets a rule holds for."
+    if not counted["sets"]: return f"Whether sets {what} is not testable here: they are too small for an interval."
+    chance = 0.025 * counted["sets"]
+    return f"{counted['above']} of {counted['sets']} sets {what} by the rule; about {chance:.1f} would by chance."

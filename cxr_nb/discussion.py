@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FILES', 'DATA', 'PAPER_DATA', 'MINIATURE', 'PHANTOMS', 'VERDICTS', 'UNTESTABLE', 'JUDGED', 'rests_on', 'world_of',
-           'printed_figures', 'printed_check', 'blind_tables', 'verdict']
+           'printed_figures', 'printed_check', 'blind_tables', 'verdict', 'claim_sentences']
 
 # %% ../nbs/40_discussion.ipynb #7ab9dbef
 import json
@@ -16,6 +16,7 @@ from .cells import EXTENDED
 from .classification import blind_judge
 from .graph import Graph
 from .rules import REFERENCE, Estimate, decide, references
+from .values import listed
 
 # %% ../nbs/40_discussion.ipynb #401e9674
 FILES = {  # name in rules -> the table that holds it, where the two differ
@@ -160,3 +161,25 @@ def verdict(
     measured = "; ".join(_cell_text(name, cells[REFERENCE.fullmatch(name).groups()]) for name in named)
     return {"measured": measured, "world": world, "verdict": VERDICTS[state == "holds"][world], "outcome": state,
             "reason": "; ".join(why), "elsewhere": _elsewhere(rule, cells, others)}
+
+# %% ../nbs/40_discussion.ipynb #076982eb
+def claim_sentences(
+    table: "pd.DataFrame",  # id, verdict, outcome, printed, split, reason: a row per claim
+    blind: Iterable[str],  # why a judge's scores are no test
+) -> list[str]:
+    "How many claims have which verdict, and what the verdicts depend on."
+    def ids(rows): return listed(rows.id)
+    counts, tested = table.verdict.value_counts(), table.verdict != UNTESTABLE
+    seen, undecided = table.outcome == "holds", table[table.outcome == "undecided"]
+    both = table[tested & (table.printed != "")]
+    differ = both[(both.printed == "holds") != (both.outcome == "holds")]
+    split, untestable = table[table.split], {why: (table.reason == why).sum() for why in dict.fromkeys(blind)}
+    return [
+        f"Claims: {listed(f'{n} {verdict}' for verdict, n in counts.items())}; {len(table)} in all.",
+        f"Claims seen: {seen.sum()} of the {tested.sum()} that could be tested. Undecided, because an interval leaves room for "
+        f"both answers: {len(undecided)} of the others ({ids(undecided)}).",
+        f"The paper's printed numbers and this run give the same answer to {len(both) - len(differ)} of the {len(both)} rules "
+        f"that apply to both; they differ on {ids(differ)}.",
+        f"Claims to which another judge, extractor or set of reports gives another answer: {len(split)} ({ids(split)}).",
+        *(f"Not testable here: {n} of the claims, for {why}." for why, n in untestable.items() if n),
+    ]

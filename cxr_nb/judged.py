@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['THRESHOLDS', 'CALLED', 'STYLES', 'chosen_variants', 'Judged', 'rows_by_auc', 'compare_judges', 'judges_sentence',
            'threshold_table', 'accuracy_leader', 'draw_roc', 'draw_rocs', 'draw_histogram', 'draw_histograms',
-           'extreme_rows', 'draw_levels', 'draw_thresholds', 'in_a_row', 'disagreement']
+           'extreme_rows', 'draw_levels', 'draw_thresholds', 'disagreement', 'judge_sentences', 'called_sentence']
 
 # %% ../nbs/30_judged.ipynb #a63da782
 from collections.abc import Sequence
@@ -16,6 +16,8 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from .classification import METHODS, effusion_scores, judge_differences
+from .tables import with_interval
+from .values import listed
 
 # %% ../nbs/30_judged.ipynb #cc500b9d
 def chosen_variants(
@@ -271,13 +273,6 @@ def draw_thresholds(
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper left", ncols=3, fontsize=8, frameon=False)
     return figure
 
-# %% ../nbs/30_judged.ipynb #5651caa1
-def in_a_row(
-    names: Sequence[str],
-) -> str:
-    "Names in a sentence; none where there are none."
-    return "; ".join(names) or "none"
-
 # %% ../nbs/30_judged.ipynb #c864eff9
 def disagreement(
     verdicts: pd.DataFrame,  # by row, a column per judge
@@ -288,4 +283,39 @@ def disagreement(
         f"{row} ({', '.join(f'{judge}: {verdict}' for judge, verdict in one.items())})"
         for row, one in split.iterrows()
     ]
-    return f"the judges' verdicts differ for {len(split)} of {len(verdicts)} variants: {in_a_row(kinds)}"
+    return f"the judges' verdicts differ for {len(split)} of {len(verdicts)} variants: {listed(kinds)}"
+
+# %% ../nbs/30_judged.ipynb #daca3bec
+def judge_sentences(
+    judge: str,
+    auc: dict[str, list[float]],  # row -> AUC, ci_low, ci_high
+    rows: Sequence[str],  # the paper's, in its order
+    blind: str,  # why the judge cannot tell; empty: it can
+) -> list[str]:
+    "What a judge separates, of real images and of generated ones."
+    real = [f"{row.removeprefix('Real images: ')} with an effusion from those without (AUC {with_interval(*values)})"
+            for row, values in auc.items() if row.startswith("Real images: ")]
+    there = {row: auc[row] for row in rows if row in auc}
+    above = [row for row, (_, low, _) in there.items() if (low or 0) > 0.5]
+    below = [row for row, (_, _, high) in there.items() if high is not None and high < 0.5]
+    def named(some): return listed([f"{row} {with_interval(*there[row])}" for row in some])
+    parts = [f"above 0.5 for {named(above)}", *[f"below 0.5 for {named(below)}"] * bool(below)]
+    parts += [f"not clear of 0.5 for {listed([row for row in there if row not in above + below])}"]
+    return [*[f"{judge} separates {one}." for one in real],
+            *[f"No score of a generated image is a test here: {blind}."] * bool(blind),
+            f"The AUC of {judge} is {'; '.join(parts)}."]
+
+# %% ../nbs/30_judged.ipynb #0a6c49c7
+def called_sentence(
+    judged: Judged,
+    judge: str,
+    row: str,  # of Table 5
+    accuracy: pd.Series,  # of this row: published, measured, ci_low, ci_high
+) -> str:
+    "How many images of a variant a judge calls positive at the threshold, and its accuracy."
+    key = next(key for key, name in judged.names.items() if name == row)
+    images = pd.concat(judged.of(judge, key))
+    called, right = (images.Effusion >= judged.threshold).mean(), [*accuracy[["measured", "ci_low", "ci_high"]]]
+    beside = "" if pd.isna(accuracy.published) else f" (published {accuracy.published:g})"
+    return (f"At a threshold of {judged.threshold:g}, {judge} calls {called:.0%} of the {len(images)} images of {row} an effusion, "
+            f"where {images.positive.mean():.0%} were asked to show one; its accuracy is {with_interval(*right)}{beside}.")

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BASELINE', 'PAPER_CLASSES', 'COLOURS', 'Study', 'summarise', 'best_extractions', 'score_rows', 'published_macros',
            'measured_macros', 'measured_classes', 'table_3_beside', 'limits', 'draw_classes', 'layout', 'scatter',
-           'draw_layout', 'draw_layouts']
+           'draw_layout', 'draw_layouts', 'retrieval_sentences']
 
 # %% ../nbs/30_retrieval.ipynb #0b42fa01
 from collections.abc import Mapping, Sequence
@@ -18,6 +18,7 @@ from .cohorts import CHEXPERT_LABELS
 from .intervals import group_mean_intervals
 from .results_tables import beside_published
 from .text_encoder import chance
+from .tables import with_interval
 
 # %% ../nbs/30_retrieval.ipynb #efb3dfb6
 BASELINE = "bag_of_words"  # the column of Table 3 that embeds nothing
@@ -252,3 +253,20 @@ def draw_layouts(
     figure.legend(*axes.flat[0].get_legend_handles_labels(), title="label (reports)", **look)
     figure.suptitle(heading, x=0.01, ha="left", fontsize=10)
     return figure
+
+# %% ../nbs/30_retrieval.ipynb #7f11d174
+def retrieval_sentences(
+    source: str,
+    study: dict,  # reports, classes, chance, k, macro (encoder -> mean, ci_low, ci_high), evaluation_sets
+) -> list[str]:
+    "CheXpert@k of all encoders on one source's reports (§3.3)."
+    macro = {name: with_interval(*(one[key] for key in ("mean", "ci_low", "ci_high")), decimals=1)
+             for name, one in sorted(study["macro"].items(), key=lambda pair: -pair[1]["mean"])}
+    words, sets = macro.pop(BASELINE), study["evaluation_sets"]
+    of = f"{len(study['classes'])} classes, {study['reports']} impressions"
+    return [
+        f"{source}, macro average of CheXpert@{study['k']}, {of}: {'; '.join(' '.join(pair) for pair in macro.items())}; "
+        f"bag of words {words}; chance {study['chance']:.1f}.",
+        f"{source}: over {sets['n']:.0f} sets of reports drawn by the same rule, the bag of words ranges from {sets['min']:.1f} to "
+        f"{sets['max']:.1f} (mean {sets['mean']:.1f}).",
+    ]

@@ -6,7 +6,7 @@
 __all__ = ['COMPONENTS', 'SCHEDULERS', 'components_folder', 'load_component', 'load_scheduler', 'load_pipeline',
            'components_record', 'vae_factor', 'encode', 'decode', 'generators', 'seeded_noise', 'draw_latents', 'gray',
            'to_bytes', 'encoder_hidden_states', 'check_steps', 'sample', 'write_images', 'keep_set', 'component_shapes',
-           'image_seeds']
+           'image_seeds', 'pipeline_sentences']
 
 # %% ../nbs/22_stable_diffusion.ipynb #b37b6889
 import copy
@@ -25,7 +25,7 @@ from .core import Run, torch_device
 from .image_sets import image_set
 from .judges import unit_images
 from .places import sha256, split_place, written_whole
-from .values import in_one_line
+from .values import in_one_line, listed
 
 # %% ../nbs/22_stable_diffusion.ipynb #96036f74
 _MODEL = [[("diffusion_pytorch_model.safetensors",), ("diffusion_pytorch_model.bin",)], [("config.json",)]]
@@ -378,3 +378,15 @@ def image_seeds(
 ) -> list[int]:
     "The seeds of n images."
     return [100_000 * seed + i for i in range(n)]
+
+# %% ../nbs/22_stable_diffusion.ipynb #c39a3f53
+def pipeline_sentences(
+    shapes: dict,  # parameters by part; latents, image: their shapes
+    images: dict[str, dict],  # prompt -> n
+) -> list[str]:
+    "The size of a pipeline's parts, and what it drew (§2.2)."
+    sizes = [f"{name.replace('_', ' ')} {n / 1e6:.1f}" for name, n in shapes["parameters"].items()]
+    latents, image = ("×".join(map(str, shapes[name])) for name in ("latents", "image"))
+    drawn = listed(f"{made['n']} for “{prompt}”" for prompt, made in images.items())
+    return [f"Parameters in millions: {', '.join(sizes)}. Latents of {latents} become images of {image}.",
+            f"Images drawn by the original model: {drawn}."]

@@ -6,7 +6,7 @@
 __all__ = ['ENCODERS', 'EXTRACTIONS', 'SIMILARITIES', 'EncoderSource', 'encoder_source', 'checkpoint_folder', 'TextEncoder',
            'projection_head', 'load_text_encoder', 'provenance', 'embed', 'retrieval_scores', 'dot_product', 'cosine',
            'chexpert_at_k', 'chance', 'bags_of_words', 'intersection_over_union', 'fit_tfidf_svd', 'embeddings_frame',
-           'read_of_reports', 'read_embeddings']
+           'read_of_reports', 'read_embeddings', 'encoder_sentences']
 
 # %% ../nbs/24_text_encoder.ipynb #aeed2725
 import re
@@ -25,6 +25,7 @@ from .checkpoints import WEIGHTS, commit_of, fill_network, find_checkpoint, load
 from .checkpoints import package_record, read_settings, read_tensors
 from .core import torch_device
 from .places import sha256, split_place
+from .values import listed
 
 # %% ../nbs/24_text_encoder.ipynb #fda0ac4c
 @dataclass(frozen=True)
@@ -426,3 +427,14 @@ def read_embeddings(
     "Read one set's embeddings back; raises ValueError where they are of other reports."
     of = read_of_reports(path, reports).groupby("extraction", sort=False).embedding
     return {name: torch.from_numpy(np.stack(rows.loc[reports.study_id].to_list())) for name, rows in of}
+
+# %% ../nbs/24_text_encoder.ipynb #3c32446b
+def encoder_sentences(
+    encoders: list[dict],  # encoder, its name; cut: source -> number of impressions
+    reports: dict[str, int],  # source -> number of impressions
+) -> list[str]:
+    "The encoders, and how many impressions are longer than they read (§2.4)."
+    cut = [f"{one['encoder']} cuts {n} of {reports[source]} of {source}"
+           for one in encoders for source, n in one["cut"].items() if n]
+    return [f"Encoders: {listed(one['encoder'] for one in encoders)}, beside a bag of words.",
+            f"Impressions longer than an encoder reads: {'; '.join(cut) or 'none'}."]

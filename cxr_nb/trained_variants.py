@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RECORD_FILE', 'written_folder', 'write_record', 'check_record', 'read_record', 'made_key', 'save_variant',
-           'trained_variant']
+           'trained_variant', 'training_sentence']
 
 # %% ../nbs/24_trained_variants.ipynb #9ae7a20c
 import hashlib
@@ -21,7 +21,7 @@ import torch
 
 from .core import device_name, peak_memory_mb
 from .places import sha256, written_whole
-from .values import json_text, message_of
+from .values import json_text, listed, message_of
 
 # %% ../nbs/24_trained_variants.ipynb #8d05b7a3
 @contextmanager
@@ -141,3 +141,15 @@ def trained_variant(
     record = save_variant(folder, {"made_of": made_of, "results": results, **(details or {})}, log, write, name)
     if not keep_checkpoints: shutil.rmtree(place, ignore_errors=True)  # another run of the same may have ended first
     return record
+
+# %% ../nbs/24_trained_variants.ipynb #34fd70c2
+def training_sentence(
+    variants: dict[str, dict],  # variant -> results of its training
+) -> str:
+    "What the trainings of one method took."
+    if not variants: return "No variant was trained in this run."
+    seconds, alike = sum(one["seconds"] for one in variants.values()), {}
+    for name, one in variants.items(): alike.setdefault((one["trained_parameters"], one["steps"]), []).append(name)
+    parts = [f"{weights:,} weights, {steps:,} steps ({listed(names)})" for (weights, steps), names in alike.items()]
+    return (f"Optimizer steps took {seconds / 60:.1f} minutes for {len(variants)} variants on "
+            f"{listed(dict.fromkeys(one['device'] for one in variants.values()))}: {'; '.join(parts)}.")

@@ -50,7 +50,7 @@ def test_cells_are_small(name):
 LEFT_ALONE = ["E12", "E131", "E203", "E226", "E24", "E265", "E266", "E3", "E402", "E501", "E7", "W5", "W6"]
 
 
-LONG_LINES = {"F_page", "F_sentences", "index"}  # sentences and tables of the page and the README
+LONG_LINES = {"F_page", "index"}  # sentences and tables of the page and the README
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
