@@ -254,5 +254,8 @@ def reconstructed_sentence(
 ) -> str:
     "What was encoded and decoded, and by whom it was judged (§2.3)."
     counts = listed(f"{n} of {source}" for source, n in images.items())
-    return (f"Images encoded and decoded: {counts}, at {listed(map(str, sizes))} pixels a side; latents have {latent_channels} "
-            f"channels. Judges: {listed(judges)}.")
+    return (
+        f"Images encoded and decoded: {counts}, at {listed(map(str, sizes))} pixels a side; latents have "
+        f"{latent_channels} "
+        f"channels. Judges: {listed(judges)}."
+    )

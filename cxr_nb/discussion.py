@@ -176,10 +176,13 @@ def claim_sentences(
     split, untestable = table[table.split], {why: (table.reason == why).sum() for why in dict.fromkeys(blind)}
     return [
         f"Claims: {listed(f'{n} {verdict}' for verdict, n in counts.items())}; {len(table)} in all.",
-        f"Claims seen: {seen.sum()} of the {tested.sum()} that could be tested. Undecided, because an interval leaves room for "
+        f"Claims seen: {seen.sum()} of the {tested.sum()} that could be tested. Undecided, because an interval "
+        "leaves room for "
         f"both answers: {len(undecided)} of the others ({ids(undecided)}).",
-        f"The paper's printed numbers and this run give the same answer to {len(both) - len(differ)} of the {len(both)} rules "
+        f"The paper's printed numbers and this run give the same answer to {len(both) - len(differ)} of the "
+        f"{len(both)} rules "
         f"that apply to both; they differ on {ids(differ)}.",
-        f"Claims to which another judge, extractor or set of reports gives another answer: {len(split)} ({ids(split)}).",
+        f"Claims to which another judge, extractor or set of reports gives another answer: {len(split)} "
+        f"({ids(split)}).",
         *(f"Not testable here: {n} of the claims, for {why}." for why, n in untestable.items() if n),
     ]

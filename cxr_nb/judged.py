@@ -317,5 +317,8 @@ def called_sentence(
     images = pd.concat(judged.of(judge, key))
     called, right = (images.Effusion >= judged.threshold).mean(), [*accuracy[["measured", "ci_low", "ci_high"]]]
     beside = "" if pd.isna(accuracy.published) else f" (published {accuracy.published:g})"
-    return (f"At a threshold of {judged.threshold:g}, {judge} calls {called:.0%} of the {len(images)} images of {row} an effusion, "
-            f"where {images.positive.mean():.0%} were asked to show one; its accuracy is {with_interval(*right)}{beside}.")
+    return (
+        f"At a threshold of {judged.threshold:g}, {judge} calls {called:.0%} of the {len(images)} images of {row} "
+        "an effusion, "
+        f"where {images.positive.mean():.0%} were asked to show one; its accuracy is {with_interval(*right)}{beside}."
+    )

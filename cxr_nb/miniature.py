@@ -406,9 +406,18 @@ def miniature_sentences(
 ) -> list[str]:
     "What the bundled models weigh and took, and the AUC of the judges on real radiographs."
     parts = [f"{part.replace('_', ' ')} {took:g}" for part, took in minutes.items()]
-    aucs = [f"{name.removesuffix(', AUC')} {with_interval(*auc)}" for name, auc in measured.items() if name.endswith(", AUC")]
+    aucs = [
+        f"{name.removesuffix(', AUC')} {with_interval(*auc)}"
+        for name, auc in measured.items()
+        if name.endswith(", AUC")
+    ]
     return [
         f"All weights are {megabytes:.1f} MB. Minutes of training: {', '.join(parts)}.",
-        f"AUC on {measured['effusions']} real radiographs labelled with an effusion against {measured['no finding']} labelled "
-        f"without a finding: {listed(aucs)}." if measured else "The judges were not measured on real radiographs.",
+        (
+            f"AUC on {measured['effusions']} real radiographs labelled with an effusion against "
+            f"{measured['no finding']} labelled "
+            f"without a finding: {listed(aucs)}."
+            if measured
+            else "The judges were not measured on real radiographs."
+        ),
     ]

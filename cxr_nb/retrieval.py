@@ -61,7 +61,9 @@ def summarise(
     "Mean CheXpert@k by class."
     # numbers in the place of names are several times quicker to resample
     codes, order = pd.Index(study.order).get_indexer(study.reports.label), list(range(len(study.order)))
-    means = group_mean_intervals(study.scores[key], codes, study.reports.patient_id, order, draws, seed=seed, bounds=(0, 100))
+    means = group_mean_intervals(
+        study.scores[key], codes, study.reports.patient_id, order, draws, seed=seed, bounds=(0, 100)
+    )
     return means.set_axis([*study.order, "Macro", "Overall"])
 
 # %% ../nbs/30_retrieval.ipynb #adc89d29
@@ -107,11 +109,20 @@ def measured_macros(
     for encoder in encoders:
         name = encoder["encoder"]
         for extraction in encoder["extractions"]:
-            dot, cosine = (summary[name, extraction, similarity].loc["Macro"] for similarity in ("dot_product", "cosine"))
-            rows.append([name, extraction, *dot, study.chance.mean(), *cosine[:3], study.k, encoder["cut"][study.source],
-                         study.source, notes.get(name, "")])
+            dot, cosine = (
+                summary[name, extraction, similarity].loc["Macro"] for similarity in ("dot_product", "cosine")
+            )
+            rows.append(
+                [
+                    name, extraction, *dot, study.chance.mean(), *cosine[:3], study.k,
+                    encoder["cut"][study.source], study.source, notes.get(name, ""),
+                ]
+            )
     ends = ["measured", "ci_low", "ci_high"]
-    columns = ["row", "column", *ends, "n", "chance", *(f"{end}_cosine" for end in ends), "k", "cut", "measured_on", "note"]
+    columns = [
+        "row", "column", *ends, "n", "chance", *(f"{end}_cosine" for end in ends), "k", "cut", "measured_on",
+        "note",
+    ]
     return pd.DataFrame(rows, columns=columns)
 
 # %% ../nbs/30_retrieval.ipynb #241435f4
@@ -265,8 +276,10 @@ def retrieval_sentences(
     words, sets = macro.pop(BASELINE), study["evaluation_sets"]
     of = f"{len(study['classes'])} classes, {study['reports']} impressions"
     return [
-        f"{source}, macro average of CheXpert@{study['k']}, {of}: {'; '.join(' '.join(pair) for pair in macro.items())}; "
+        f"{source}, macro average of CheXpert@{study['k']}, {of}: "
+        f"{'; '.join(' '.join(pair) for pair in macro.items())}; "
         f"bag of words {words}; chance {study['chance']:.1f}.",
-        f"{source}: over {sets['n']:.0f} sets of reports drawn by the same rule, the bag of words ranges from {sets['min']:.1f} to "
+        f"{source}: over {sets['n']:.0f} sets of reports drawn by the same rule, the bag of words ranges from "
+        f"{sets['min']:.1f} to "
         f"{sets['max']:.1f} (mean {sets['mean']:.1f}).",
     ]

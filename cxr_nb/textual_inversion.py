@@ -370,4 +370,6 @@ def stand_in_sentences(
 ) -> list[str]:  # none where every word has a token
     "The words that begin in the place of others."
     begun = listed(f"“{other}” for “{word}”" for word, other in stand_ins.items())
-    return [f"Training begins from other words where the tokenizer has no token for the initialising one: {begun}."] * bool(stand_ins)
+    return [
+        f"Training begins from other words where the tokenizer has no token for the initialising one: {begun}."
+    ] * bool(stand_ins)

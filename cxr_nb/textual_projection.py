@@ -436,5 +436,8 @@ def projection_sentences(
     r2 = scores.query("measure == 'R²' and texts == 'captions'").set_index("variant")[["value", "ci_low", "ci_high"]]
     names = dict.fromkeys([r2.value.idxmax(), *r2.index.intersection(["no projection"])])
     first, *rest = [f"{name}, R² {with_interval(*r2.loc[name])}" for name in names]
-    return [f"Texts: {captions['training']:,} captions ({captions['source']}), and {captions['held_out']:,} others to measure on.",
-            f"On these, the nearest to CLIP's hidden states is {'; '.join([first, *rest])}."]
+    return [
+        f"Texts: {captions['training']:,} captions ({captions['source']}), and {captions['held_out']:,} others to "
+        "measure on.",
+        f"On these, the nearest to CLIP's hidden states is {'; '.join([first, *rest])}.",
+    ]
