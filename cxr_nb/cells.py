@@ -74,11 +74,8 @@ def peak_ratio(
     return 20 * math.log10(2048 / rmse)
 
 # %% ../nbs/09_cells.ipynb #8dab89fc
-def _long(
-    name: str,  # of a printed table
-    row: str,  # its column that names rows
-) -> pd.DataFrame:  # row, column, published
-    "A printed table in long form."
+def _long(name: str, row: str) -> pd.DataFrame:
+    "A printed table as row, column and published; `row` is its column that names rows."
     return published(name).rename(columns={row: "row"}).melt("row", var_name="column", value_name="published")
 
 # %% ../nbs/09_cells.ipynb #63008f0d

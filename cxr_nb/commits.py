@@ -45,10 +45,7 @@ def git_commit() -> str | None:
     return commit + ("-dirty" if dirty else "")
 
 # %% ../nbs/00_commits.ipynb #6ea6f3c1
-def _tracked_at(
-    place: Path,  # of a file, there or not
-    as_set: bool,  # with the repository that the environment names
-) -> bool:
+def _tracked_at(place: Path, as_set: bool) -> bool:
     "Whether git would track a file where it really lies; raises RuntimeError where git does not tell."
     unknown = f"{place}: git does not tell whether it would track this"
     mend = "mend that, or set CXR_NB_OUTPUTS to a folder outside of any git repository"
@@ -78,9 +75,7 @@ def git_would_track(
 _OURS = "cxr_nb", "nbs", "outputs"  # folders of the project whose files may be named in a commit
 
 # %% ../nbs/00_commits.ipynb #1689997c
-def _is_beside(
-    text: str,  # a path, or any other text
-) -> bool:
+def _is_beside(text: str) -> bool:
     "Whether a text names something that does not come with the project."
     if not text or "\0" in text: return False
     if os.path.isabs(text) or os.path.normpath(text).startswith(".."): return True
@@ -89,9 +84,7 @@ def _is_beside(
     return any(not any(Path(place).is_relative_to(folder) for folder in ours) for place in places)
 
 # %% ../nbs/00_commits.ipynb #4d88f964
-def _texts(
-    value: object,  # of a parameter
-) -> list[str]:
+def _texts(value: object) -> list[str]:
     "All texts in a value, but the keys of dicts."
     if isinstance(value, dict): value = list(value.values())
     if isinstance(value, list): return [text for one in value for text in _texts(one)]

@@ -64,11 +64,8 @@ def parameter_type(
 def _as_text(value): return str(value).lower() if isinstance(value, bool) else str(value)
 
 # %% ../nbs/00_profiles.ipynb #82c75c36
-def _what_to_write(
-    value: object,  # of the wrong type
-    kind: str,  # the type, as text
-) -> str:  # empty where nothing is plain
-    "The end of a message on a value of the wrong type."
+def _what_to_write(value: object, kind: str) -> str:
+    "The end of a message on a value of the wrong type; empty where nothing is plain."
     word, of_text = isinstance(value, bool | int | float | str), kind in ("list", "list[str]")
     if of_text and isinstance(value, list) and not any(v is None or isinstance(v, list | dict) for v in value):
         return f"; quote each: {json.dumps([_as_text(v) for v in value], ensure_ascii=False)}"
@@ -109,10 +106,8 @@ def _stamp(path): return path, path.stat().st_mtime_ns, path.stat().st_size
 
 # %% ../nbs/00_profiles.ipynb #fc33ba4f
 @lru_cache(maxsize=256)
-def _cells(
-    stamp: tuple,  # of a notebook, by `_stamp`
-) -> list[dict]:
-    "The cells of a notebook."
+def _cells(stamp: tuple) -> list[dict]:
+    "The cells of a notebook, by its `_stamp`."
     return json.loads(stamp[0].read_text(encoding="utf-8"))["cells"]
 
 # %% ../nbs/00_profiles.ipynb #2ea11021
@@ -152,9 +147,7 @@ def notebook_named(
     )
 
 # %% ../nbs/00_profiles.ipynb #71af72a1
-def _parameters_cell(
-    notebook: str,  # stem of a notebook in nbs/
-) -> str:
+def _parameters_cell(notebook: str) -> str:
     "The source of a notebook's cell tagged `parameters`."
     tagged = tagged_cells(notebook, "parameters")
     if len(tagged) != 1: raise ValueError(f"notebook {notebook}: {len(tagged)} cells tagged 'parameters', expected one")
@@ -185,16 +178,12 @@ def declared_parameters(
 
 # %% ../nbs/00_profiles.ipynb #dfb1bf31
 @lru_cache(maxsize=64)
-def _sections(
-    stamp: tuple,  # of a profile, by `_stamp`
-) -> object:
-    "What a profile's file holds."
+def _sections(stamp: tuple) -> object:
+    "What a profile's file holds, by its `_stamp`."
     return read_yaml(stamp[0].read_text(encoding="utf-8"))
 
 # %% ../nbs/00_profiles.ipynb #c1835f0a
-def _profile_file(
-    name: str,  # of a profile
-) -> dict:
+def _profile_file(name: str) -> dict:
     "The sections that one file of nbs/profiles holds."
     if not re.fullmatch(r"\w[\w.-]*", name):
         raise ValueError(f"profile {name!r}: a name has letters, digits, points, dashes and underscores")
@@ -212,28 +201,19 @@ def _profile_file(
     return sections
 
 # %% ../nbs/00_profiles.ipynb #0f37e81d
-def _defaults(
-    notebook: str,  # its stem
-) -> dict[str, object]:
+def _defaults(notebook: str) -> dict[str, object]:
     "The defaults of a notebook's parameters but `profile`."
     return {name: value for name, (_, value) in declared_parameters(notebook).items() if name != "profile"}
 
 # %% ../nbs/00_profiles.ipynb #8c5890ca
-def _check_names(
-    where: str,  # the beginning of the message
-    names: Sequence[str],  # as a profile gives them
-    known: Sequence[str],
-) -> None:
+def _check_names(where: str, names: Sequence[str], known: Sequence[str]) -> None:
     "Raise ValueError for a name that is not known."
     for name in names:
         if name not in known: raise ValueError(f"{where} '{name}'{suggestion(name, sorted(known))}")
 
 # %% ../nbs/00_profiles.ipynb #3de14420
-def _with_base(
-    name: str,  # of a profile
-    derived: tuple[str, ...],  # profiles that are based on it
-) -> tuple[dict[str, dict], list[str]]:  # sections; what is left out
-    "A profile over its base, or over the notebooks' defaults."
+def _with_base(name: str, derived: tuple[str, ...]) -> tuple[dict[str, dict], list[str]]:
+    "The sections of a profile over its base or the notebooks' defaults, and what it leaves out."
     if name in derived: raise ValueError(f"profile '{name}': is based on itself by {' and '.join(derived)}")
     given = _profile_file(name)
     base, shared = given.pop("base", None), given.pop("shared", {})
@@ -263,12 +243,7 @@ def left_out_by(
     return _with_base(profile, ())[1]
 
 # %% ../nbs/00_profiles.ipynb #dc676b42
-def _resolved(
-    sections: dict[str, dict],  # of the profile
-    notebook: str,
-    profile: str,  # its name
-    overrides: dict | None,
-) -> dict:
+def _resolved(sections: dict[str, dict], notebook: str, profile: str, overrides: dict | None) -> dict:
     "The parameters of a notebook, checked."
     where = f"profile '{profile}', notebook {notebook}"
     if notebook not in sections:

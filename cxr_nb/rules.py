@@ -74,11 +74,8 @@ def expand(
     return comparisons
 
 # %% ../nbs/08_rules.ipynb #73cc1bb0
-def _estimate(
-    node: ast.AST,  # a side of a comparison, as Python parses it
-    known: dict[str, Estimate],  # name of a cell -> its number
-) -> Estimate:
-    "The value of one side; raises ValueError for anything but sums, differences and multiples of cells."
+def _estimate(node: ast.AST, known: dict[str, Estimate]) -> Estimate:
+    "The value of a comparison's side; raises ValueError for anything but sums, differences, multiples of cells."
     if isinstance(node, ast.Constant): return exact(float(node.value))
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub): return _estimate(node.operand, known) * -1
     if isinstance(node, ast.Name) and node.id in known: return known[node.id]

@@ -193,7 +193,7 @@ def test_a_hub_that_fails_is_quoted(hub, go_to, model, code, words, part):
 
 @pytest.mark.parametrize("code", [401, 403])
 @pytest.mark.parametrize("part", ["api/models", "/resolve/"])
-def test_who_may_not_is_told_how_to_ask(hub, go_to, model, code, part):
+def test_a_gated_model_says_how_to_ask_for_it(hub, go_to, model, code, part):
     address, _ = hub({"me/model": model}, COMMIT, status=lambda path: code if part in f"/{path}" or path.startswith(part) else None)
     go_to(address)
     message = fails(FileNotFoundError)
@@ -216,7 +216,7 @@ def package(model, tmp_path, monkeypatch):
 def in_package(place): return find_checkpoint(*split_place(place), lambda names: NEEDS, "a model", "name FOLDER")
 
 
-def test_a_folder_inside_a_package_is_found_and_its_code_not_run(package):
+def test_a_folder_inside_a_package_is_read_and_its_code_not_run(package):
     assert in_package("package:weights_of_mine/model") == package / "model"
     assert "weights_of_mine" not in sys.modules
     with pytest.raises(FileNotFoundError, match="^a model: package:weights_of_mine lacks config.json; model.safetensors or"): in_package("package:weights_of_mine")

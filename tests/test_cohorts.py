@@ -459,7 +459,7 @@ def test_equal_tables_packed_and_unpacked_are_one(tmp_path):
     assert len(quietly(read_mimic_cxr, tmp_path)) == 118
 
 
-def test_labelers_that_disagree_and_studies_without_labels_are_said(tmp_path):
+def test_labelers_that_disagree_and_studies_without_labels_are_reported(tmp_path):
     root = trees.mimic(tmp_path, packed=False)
     path = root / "mimic-cxr-2.0.0-chexpert.csv"
     path.write_text("\n".join(line for line in path.read_text().splitlines() if ",50000000," not in line) + "\n")
@@ -493,7 +493,7 @@ def test_a_folder_that_is_not_the_data_set_says_what_was_looked_for(tmp_path, re
     assert "\n" not in str(caught.value)
 
 
-def test_missing_and_unknown_images_of_nih_are_said(tmp_path):
+def test_missing_and_unknown_images_of_nih_are_reported(tmp_path):
     root = trees.nih(tmp_path)
     next(root.rglob("00000002_000.png")).unlink()
     trees.picture(root / "images_001/images/extra.png")
@@ -568,7 +568,7 @@ def test_tables_saved_otherwise_are_refused_wherever_one_is_read(tmp_path):
         path.write_text(text)
 
 
-def test_a_column_that_is_no_utf8_is_said(tmp_path):
+def test_a_column_that_is_no_utf8_is_reported(tmp_path):
     path = trees.plain(tmp_path) / "labels.csv"
     path.write_bytes(path.read_text().replace("p0", "caf\u00e9").encode("latin-1"))
     with pytest.raises(ValueError, match="labels.csv: is not UTF-8 text; save it as UTF-8"): read_folder(tmp_path, "Mine")
@@ -626,7 +626,7 @@ def test_a_patient_in_two_batches_is_named(tmp_path):
     (lambda p: p.write_bytes(p.read_bytes()[:-200]), "is not the data set .it is a file.; looked for a whole zip file"),
     (lambda p: p.write_bytes(p.read_bytes().replace(b"Study s50000000", b"Study s5000000X")), "cohort row 0: no MIMIC-CXR report .* .Bad CRC-32"),
 ])
-def test_a_broken_zip_of_reports_is_said(cohorts, base, tmp_path, spoil, message):
+def test_a_broken_zip_of_reports_is_reported(cohorts, base, tmp_path, spoil, message):
     archive = trees.mimic_reports(tmp_path, base / "mimic", as_zip=True)
     spoil(archive)
     with pytest.raises((ValueError, FileNotFoundError), match=message): report_texts(cohorts["mimic"], {"MIMIC-CXR": archive})
@@ -735,7 +735,7 @@ def test_places_of_the_project_are_named_from_it_on(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[]", '{"images": 1, "reports": {}, "text_sets": {}}', '{"images": {"a": 1}, "reports": {}, "text_sets": {}, "inverted": "refuse"}', '{"images": {}, "reports": {}, "text_sets": {}}'])
-def test_a_broken_list_of_places_is_said(tmp_path, text):
+def test_a_broken_list_of_places_is_reported(tmp_path, text):
     (tmp_path / "sources.json").write_text(text)
     with pytest.raises(ValueError, match="sources.json: does not say where the data lie .*; run 21_datasets again"): read_sources(tmp_path / "sources.json")
 

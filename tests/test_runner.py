@@ -340,12 +340,12 @@ def test_a_profile_may_leave_a_way_of_drawing_out(unfitting):
     assert unfitting({"28_classification": {"drawn_by": ["27_unet_finetuning"]}, "25_textual_projection": {"drawn": []}}) == []
 
 
-def test_a_profile_that_lacks_a_section_is_told_which(unfitting, demo):
+def test_a_section_that_a_profile_lacks_is_named(unfitting, demo):
     lacking = {name: section for name, section in demo.items() if name != "27_unet_finetuning"}
     assert unfitting({}, lacking) == ["profile 'mine': section 27_unet_finetuning is missing"]
 
 
-def test_own_images_are_named_in_one_place(tmp_path, copy_project, monkeypatch):
+def test_images_of_a_folder_are_named_in_one_place(tmp_path, copy_project, monkeypatch):
     copy = copy_project(tmp_path)
     monkeypatch.chdir(copy)
     shared = {"folders": {"Mine": "data/mine"}, "few_shot_source": "Mine", "sources": ["Mine"], "source": "Mine"}

@@ -85,7 +85,7 @@ def test_states_of_one_token_are_the_same_as_repeated_ones(pipeline):
     assert not torch.equal(sample(pipeline, nothing, [1, 2], steps=3, negative_prompt=states), one)
 
 
-def test_without_guidance_the_unconditional_does_not_count(pipeline):
+def test_without_guidance_the_negative_prompt_does_not_count(pipeline):
     plain = sample(pipeline, "lung", [1], steps=3, guidance_scale=1)
     assert torch.equal(sample(pipeline, "lung", [1], steps=3, guidance_scale=1, negative_prompt="x"), plain)
     assert not torch.equal(sample(pipeline, "lung", [1], steps=3, negative_prompt="x"), sample(pipeline, "lung", [1], steps=3))

@@ -106,7 +106,7 @@ def test_targets_are_what_the_pipeline_tells_its_unet(folder, clip):
 
 
 @pytest.mark.parametrize("text", [*TEXTS, "", "effusion" * 3 + "  , lung."])
-def test_a_word_is_told_by_the_token_that_holds_its_last_character(bert, clip, text):
+def test_a_word_has_the_state_of_the_token_with_its_last_character(bert, clip, text):
     "Against a search over all pairs of tokens, and hidden states of a text padded by hand."
     padded = bert.tokenizer(text, padding="max_length", max_length=200, return_offsets_mapping=True, return_tensors="pt")
     spans = padded.pop("offset_mapping")[0].tolist()
@@ -170,7 +170,7 @@ def test_saved_and_loaded(bert, clip, tmp_path):
     with pytest.raises(ValueError, match="is missing or not what was trained; train it again"): load_projection(place, bert)
 
 
-def test_a_damaged_variant_is_said_and_trained_again_alone(bert, clip, tmp_path, monkeypatch):
+def test_a_damaged_variant_is_reported_and_trained_again_alone(bert, clip, tmp_path, monkeypatch):
     done, settings = [], replace(SETTINGS, steps=2)
     def counted(*given):
         log, model = train_projection(*given)

@@ -153,7 +153,7 @@ def test_two_processes_give_what_one_gives(server, tmp_path):
     with pytest.raises(ValueError, match="processes is 2 there and 1 here"): noisy_run(tmp_path / "two", accumulation=2)
 
 
-def test_a_damaged_checkpoint_is_said_and_the_one_before_serves(tmp_path):
+def test_a_damaged_checkpoint_is_reported_and_the_one_before_serves(tmp_path):
     options = {"steps": 12, "checkpoint_every": 3, "keep": 3}
     whole, _ = small_run(tmp_path, **options)
     message, (oldest, middle, last) = "{}: is no whole checkpoint .*; delete {}, and training {}$", checkpoints(tmp_path)

@@ -242,7 +242,7 @@ def flip(path):
     path.write_bytes(bent)
 
 
-def test_a_damaged_variant_is_said_and_trained_again_alone(source, images, tmp_path, monkeypatch, recwarn):
+def test_a_damaged_variant_is_reported_and_trained_again_alone(source, images, tmp_path, monkeypatch, recwarn):
     settings = replace(SETTINGS, steps=1, sample_every=1)
     def look(pipeline): return {"a lung": sample(pipeline, "a lung", [0], steps=2)[0]}
     def run(name): return finetuned(source, VARIANTS["no findings"], images, PROMPTS, settings, tmp_path / name, tmp_path / "work", look)
