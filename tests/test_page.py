@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import threading
 from functools import partial
+from html import unescape
 from html.parser import HTMLParser
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
@@ -211,6 +212,14 @@ def test_the_demos_page():
             told = [cells[row, value, str(column).replace("_", " ")] for row, column in zip(there.row, there.column)]
             assert [float(cell.split(" ")[0]) for cell in told] == pytest.approx(there[value].tolist(), abs=0.0501)
             assert [("[" in cell) for cell in told] == (there.ci_low.notna() & (value == "measured")).tolist()
+
+
+@committed
+def test_the_demos_page_shows_the_sentences_of_its_records():
+    text = unescape((DEMO / "report.html").read_text())
+    records = [json.loads(path.read_text()) for path in (DEMO / "records").glob("*.json") if path.stem != "F_page"]
+    lacking = [sentence for record in records for sentence in record.get("says", []) if sentence not in text]
+    assert not lacking
 
 
 @committed
