@@ -228,9 +228,7 @@ def write_table(
     self.write_csv(f"tables/{name}.csv", table)
 
 # %% ../nbs/00_core.ipynb #6327efe9
-def _few_colours(
-    drawn: BytesIO,  # a picture in any format
-) -> "PIL.Image.Image":
+def _few_colours(drawn: BytesIO) -> "PIL.Image.Image":
     "A picture in all its grey levels, or in 128 colours."
     from PIL import Image, ImageChops
     picture = Image.open(drawn).convert("RGB")
@@ -244,9 +242,7 @@ def _short(path: re.Match) -> bytes:
     return b" " + b" ".join(re.sub(rb"(\.\d\d)\d+", rb"\1", path[0]).split())
 
 # %% ../nbs/00_core.ipynb #43cc020d
-def _show_names_as_given(
-    figure,  # a matplotlib figure
-) -> None:
+def _show_names_as_given(figure) -> None:
     "Take the texts of a figure literally, except the numbers of logarithmic scales."
     from matplotlib.text import Text
     from matplotlib.ticker import LogFormatter

@@ -99,22 +99,15 @@ def blind_tables(
     return reasons
 
 # %% ../nbs/40_discussion.ipynb #9f30a670
-def _cell_text(
-    name: str,  # "table[row | column]"
-    number: Estimate,
-) -> str:
-    "A cell with its number, interval and n."
+def _cell_text(name: str, number: Estimate) -> str:
+    "A cell, named table[row | column], with its number, interval and n."
     table, row, column = REFERENCE.fullmatch(name).groups()
     interval = f" [{number.low:.3g}, {number.high:.3g}]" if number.high - number.low > 1e-9 else ""
     return f"{row}, {column}: {number.value:.3g}{interval}" + (f" (n={number.n})" if number.n else "")
 
 # %% ../nbs/40_discussion.ipynb #4fb0f208
-def _elsewhere(
-    rule: str,
-    cells: dict,  # (table, row, column) -> Estimate
-    others: dict[str, dict],  # name -> cells in the place of these
-) -> str:  # "judge_b: holds; Phantom reports: fails"
-    "The answers of all others that have a cell of the rule's tables."
+def _elsewhere(rule: str, cells: dict, others: dict[str, dict]) -> str:
+    "What all others that have a cell of the rule's tables answer: judge_b: holds; Phantom reports: fails."
     tables, states = {table for table, _, _ in references(rule)}, {}
     for name, other in others.items():
         replaced = {table for table, _, _ in other}

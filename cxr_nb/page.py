@@ -13,14 +13,12 @@ import re
 from importlib import resources
 from pathlib import Path
 
-import pandas as pd
 import yaml
 from jinja2 import Environment, StrictUndefined
 
 from .core import Run, sentences_of
 from .graph import Graph, graph
 from .places import slug
-
 from .tables import published, with_interval
 from .values import listed
 from .views import embedded, inlined, table_views

@@ -41,9 +41,7 @@ def image_sources(
     return [name for key, name in SOURCES.items() if parameters[key]] + list(parameters["folders"])
 
 # %% ../nbs/07_report.ipynb #19012a5c
-def _report_sources(
-    parameters: dict,  # of 21_datasets
-) -> list[str]:
+def _report_sources(parameters: dict) -> list[str]:
     "Data sets with reports that a profile names."
     both = [SOURCES[key] for key in ("chexpert", "mimic_cxr") if parameters[key] and parameters[f"{key}_reports"]]
     return [
@@ -58,10 +56,8 @@ _DRAWING = {  # method, as `compared` of 35_classification_results names it -> n
 }
 
 # %% ../nbs/07_report.ipynb #f7fd77c4
-def _drawn(
-    p: dict[str, dict],  # notebook -> parameters
-) -> dict[str, list[str]]:  # notebook -> variants
-    "Notebooks that draw images, with the variants they draw."
+def _drawn(p: dict[str, dict]) -> dict[str, list[str]]:
+    "Notebooks that draw images -> the variants they draw."
     variants = {
         "22_stable_diffusion": [ORIGINAL], "25_textual_projection": p["25_textual_projection"]["drawn"],
         "26_textual_inversion": [variant_name(variant) for variant in p["26_textual_inversion"]["variants"]],
@@ -71,11 +67,8 @@ def _drawn(
     return {name: names for name, names in variants.items() if names and draws[name]}
 
 # %% ../nbs/07_report.ipynb #07c0deb1
-def _compared(
-    p: dict[str, dict],  # notebook -> parameters
-    drawn: dict[str, list[str]],  # as `_drawn` gives it
-):  # yields rows
-    "Table 5: its printed rows, and what stands for each."
+def _compared(p: dict[str, dict], drawn: dict[str, list[str]]):
+    "Rows of Table 5's printed rows, and of what stands for each."
     reads = "35_classification_results", "compared"
     compared = p[reads[0]]["compared"]
     for method, variant in (pair for chosen in compared.values() for pair in chosen.items()):
@@ -87,10 +80,8 @@ def _compared(
     yield reads[0], "Table 5", printed, "compared", list(compared)
 
 # %% ../nbs/07_report.ipynb #07c0deb2
-def _encoders(
-    p: dict[str, dict],  # notebook -> parameters
-):  # yields rows
-    "Text encoders that figures show, and those that stand in for the paper's."
+def _encoders(p: dict[str, dict]):
+    "Rows of text encoders that figures show, and of those that stand in for the paper's."
     encoders = [*p["24_text_encoder"]["encoders"], *["TF-IDF + SVD"] * bool(p["24_text_encoder"]["svd_components"])]
     for name in ("figure_6", "figure_7", "figure_8"):
         shown = p["B_text_clusters"][name]
@@ -103,22 +94,14 @@ def _encoders(
         yield "40_discussion", "stand_ins", [stand_in], "24_text_encoder", encoders
 
 # %% ../nbs/07_report.ipynb #4e9cd868
-def _takes(
-    p: dict[str, dict],  # notebook -> parameters
-    notebook: str,
-    parameter: str,
-    maker: str,  # where the names come from
-    made: Iterable[str],  # the names there are
-) -> tuple:  # a row
-    "The row of one parameter."
+def _takes(p: dict[str, dict], notebook: str, parameter: str, maker: str, made: Iterable[str]) -> tuple:
+    "The row of one parameter; `made` are the names that `maker` gives."
     given = p[notebook][parameter]
     return notebook, parameter, [given] if isinstance(given, str) else given or [""], maker, made
 
 # %% ../nbs/07_report.ipynb #07c0deb3
-def _data_references(
-    p: dict[str, dict],  # notebook -> parameters
-):  # yields rows
-    "Data sets, captions and variants that 21, 23, 25 and 28 take."
+def _data_references(p: dict[str, dict]):
+    "Rows of data sets, captions and variants that 21, 23, 25 and 28 take."
     data, projection, images = p["21_datasets"], p["25_textual_projection"], image_sources(p["21_datasets"])
     if data["few_shot_source"]: yield _takes(p, "21_datasets", "few_shot_source", "21_datasets", images)
     named = [name for name, place in data["text_sources"].items() if not place]
@@ -133,11 +116,8 @@ def _data_references(
     yield _takes(p, "28_classification", "source", "21_datasets", images)
 
 # %% ../nbs/07_report.ipynb #c0d7f69e
-def _image_references(
-    p: dict[str, dict],  # notebook -> parameters
-    drawn: dict[str, list[str]],  # as `_drawn` gives it
-):  # yields rows
-    "Sources, judges, extractors, prompts and variants that the notebooks on images take."
+def _image_references(p: dict[str, dict], drawn: dict[str, list[str]]):
+    "Rows of sources, judges, extractors, prompts and variants that the notebooks on images take."
     vae, judged, unet = p["23_autoencoder"], p["28_classification"], p["27_unet_finetuning"]
     prompts = p["22_stable_diffusion"]["prompts"] if "22_stable_diffusion" in drawn else []
     yield _takes(p, "28_classification", "drawn_by", "the report (with images)", drawn)
@@ -191,11 +171,8 @@ def without_package(
     return [f"{name} is left out: {missing}" for name, place in models.items() if (missing := lacking_package(place))]
 
 # %% ../nbs/07_report.ipynb #471f86a6
-def _changed(
-    folder: Path,  # of the results
-    path: Path,  # of a record
-) -> str:  # empty where nothing has changed
-    "What is not as a record says."
+def _changed(folder: Path, path: Path) -> str:
+    "What is not as a record says; empty where nothing has changed."
     try:
         written = json.loads(path.read_text(encoding="utf-8"))["outputs"].items()
         json.loads((folder / f"notebooks/{path.stem}.ipynb").read_text(encoding="utf-8"))
@@ -249,10 +226,7 @@ main()
 """
 
 # %% ../nbs/07_report.ipynb #08b6cee5
-def _snakemake(
-    profile: str,  # its name
-    *arguments: str,  # of Snakemake
-) -> subprocess.Popen:
+def _snakemake(profile: str, *arguments: str) -> subprocess.Popen:
     "Start Snakemake; what it and its jobs write comes as one stream of lines."
     command = [sys.executable, "-c", _SNAKEMAKE, *arguments, "--rerun-incomplete", "--nolock"]
     environment = os.environ | {"CXR_NB_REPORT": json.dumps(process_id()), "PYTHONUNBUFFERED": "1"}
@@ -262,11 +236,8 @@ def _snakemake(
     )
 
 # %% ../nbs/07_report.ipynb #1c949b54
-def _logged(
-    lines,  # iterable of text
-    log: Path,
-):  # yields the lines
-    "Write lines to a log as they come."
+def _logged(lines, log: Path):
+    "Yield lines as they come, and write them to a log."
     with open(log, "w", encoding="utf-8") as file:
         for line in lines:
             file.write(line)
@@ -274,11 +245,8 @@ def _logged(
             yield line
 
 # %% ../nbs/07_report.ipynb #9140d167
-def _to_run_again(
-    profile: str,  # its name
-    target: str,  # "report", or a key of APART
-) -> list[str]:  # Snakemake's rules
-    "Rules whose results are not as they were written."
+def _to_run_again(profile: str, target: str) -> list[str]:
+    "Snakemake's rules whose results are not as they were written."
     changed = outdated(profile).keys() - {name for of, name in APART.items() if of != target}
     return sorted(f"notebook_{name}" for name in changed & graph(profile).notebooks.keys()) if changed else []
 
@@ -294,9 +262,7 @@ def _make_snakemakes_folders():
     )
 
 # %% ../nbs/07_report.ipynb #5561235e
-def _without_remains(
-    folder: Path,  # of the results
-) -> None:
+def _without_remains(folder: Path) -> None:
     "Remove what a killed run left half-written."
     for partial in folder.rglob(".partial-*"):
         if partial.relative_to(folder).parts[0] == "other": continue
@@ -304,9 +270,7 @@ def _without_remains(
         else: partial.unlink(missing_ok=True)
 
 # %% ../nbs/07_report.ipynb #7b6cb0c9
-def _why(
-    log: Path,
-) -> str:
+def _why(log: Path) -> str:
     "The reason of a failure."
     lines = [line.strip() for line in log.read_text(encoding="utf-8").splitlines() if line.strip()] or [""]
     at = next((i for i in reversed(range(len(lines))) if re.search(r"Error|Exception|rror:", lines[i])), -1)
@@ -357,10 +321,8 @@ TARGETS = "report", *APART
 STOPPED = "stopped; what ran is kept, and the same command goes on from there"
 
 # %% ../nbs/07_report.ipynb #404e893c
-def _complain(
-    message: object,
-) -> int:  # for the shell
-    "Print a message, each line with the command's name."
+def _complain(message: object) -> int:
+    "Print a message, each line with the command's name; 1, for the shell."
     for line in str(message).splitlines(): print(f"cxr_nb: {line}", file=sys.stderr)
     return 1
 
@@ -388,9 +350,7 @@ def report_or_exit(
     except KeyboardInterrupt: return _complain(STOPPED)
 
 # %% ../nbs/07_report.ipynb #5e1a07f6
-def _for_argparse(
-    words: list[str],  # of the command line
-) -> list[str]:
+def _for_argparse(words: list[str]) -> list[str]:
     "Arguments with a blank before negative numbers; raises ValueError for name=value."
     words = list(words)
     for i, word in enumerate(words[:-1]):

@@ -104,10 +104,7 @@ def read_value(
     return plain_value(text) if text else ""
 
 # %% ../nbs/00_values.ipynb #5e1a07d2
-def _json_dict(
-    value: Mapping,
-    where: str,  # what to call it in the message
-) -> dict:
+def _json_dict(value: Mapping, where: str) -> dict:
     "A mapping with its keys as text."
     made = {}
     for key, one in value.items():
@@ -120,10 +117,7 @@ def _json_dict(
     return made
 
 # %% ../nbs/00_values.ipynb #5e1a07d3
-def _json_list(
-    value,  # a list, tuple, set or array
-    where: str,  # what to call it in the message
-) -> list:
+def _json_list(value, where: str) -> list:
     "The values of a collection."
     made = [_json_form(one, f"{where}[{i}]") for i, one in enumerate(value)]
     if not isinstance(value, set | frozenset): return made
@@ -131,10 +125,7 @@ def _json_list(
     except TypeError: return sorted(made, key=json.dumps)
 
 # %% ../nbs/00_values.ipynb #5e1a07d4
-def _json_form(
-    value: object,
-    where: str,  # what to call it in the message
-) -> object:
+def _json_form(value: object, where: str) -> object:
     "A value as JSON has it; raises TypeError for one without a form."
     torch, pandas = sys.modules.get("torch"), sys.modules.get("pandas")
     if value is None or value is np.ma.masked or pandas and (value is pandas.NA or value is pandas.NaT): return None

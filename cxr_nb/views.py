@@ -50,12 +50,8 @@ def count_column(
     return next((by for by in ("row", "column") if measured.groupby(by).n.nunique().max() == 1), "cell")
 
 # %% ../nbs/09_views.ipynb #b7526839
-def _row_columns(
-    table: pd.DataFrame,  # TABLE_COLUMNS, then further columns
-    also: list[str],  # further columns that hold one value per row
-    by: str,  # what `n` depends on
-) -> dict[str, pd.Series]:  # name -> value by row
-    "Columns that have one value per row; `n` of cells is a range."
+def _row_columns(table: pd.DataFrame, also: list[str], by: str) -> dict[str, pd.Series]:
+    "Columns that have one value per row, by name; `n` of cells is a range."
     measured = table[table.measured.notna()]
     columns = {name: table.groupby("row", sort=False)[name].first() for name in also if table[name].notna().any()}
     if by == "row": columns["n"] = measured.groupby("row").n.first().map("{:.0f}".format)
@@ -91,10 +87,8 @@ def paper_lines(
     return {"head": head, "lines": lines, "n": total, "beside": beside}
 
 # %% ../nbs/09_views.ipynb #a5c87b27
-def _column_text(
-    values: pd.Series,
-) -> list[str]:  # empty where there is no value
-    "A column as text."
+def _column_text(values: pd.Series) -> list[str]:
+    "A column as text, empty where there is no value."
     if not pd.api.types.is_numeric_dtype(values) or values.dtype == bool:
         return ["" if pd.isna(value) else str(value) for value in values]
     whole = (values.dropna() % 1 == 0).all()
