@@ -22,7 +22,7 @@ try:
 except (FileNotFoundError, KeyError, TypeError, ValueError) as error:
     raise WorkflowError(error.args[-1])
 
-# run by a command of their own, and no part of the report; the page asks for none of them, but a new one for a new page
+# run by a command of their own, and no part of the report; page and discussion ask for none, but a new one makes them new
 APART = {command: name for command, name in graph.APART.items() if name in GRAPH.notebooks}
 APART_RECORDS = [Path(f"{OUT}/records/{name}.json") for name in APART.values()]
 
@@ -65,7 +65,7 @@ for name, files in GRAPH.notebooks.items():
             # neither its prose nor outputs that were saved in it change what a notebook computes
             code=runner.code_hash(name),
             parameters=PARAMETERS[name],
-            apart=[places.sha256(path) for path in APART_RECORDS if path.exists()] if name == "F_page" else [],
+            apart=[places.sha256(path) for path in APART_RECORDS if path.exists()] if name in ("40_discussion", "F_page") else [],
             command=Path(sys.executable).parent / "cxr_nb",
         threads: max(1, workflow.cores // AT_ONCE)
         # what takes longest begins first, and all that it waits for

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 
-from .cells import EXTENDED
+from .cells import ABLATIONS, EXTENDED
 from .classification import blind_judge
 from .graph import Graph
 from .rules import REFERENCE, Estimate, decide, references
@@ -22,6 +22,7 @@ from .values import listed
 FILES = {  # name in rules -> the table that holds it, where the two differ
     **dict.fromkeys(EXTENDED.values(), "table_4_extended"),
     **dict.fromkeys(["burnt_in_text", "reconstruction_by_label"], "reconstruction"),
+    **dict.fromkeys(ABLATIONS.values(), "ablations"), "domain": "domain_gap",
 }
 DATA = "03_phantoms", "21_datasets"  # whose parameters tell of every record's source
 
@@ -50,13 +51,14 @@ def world_of(
     return "paper" if used and used <= PAPER_DATA else "public"
 
 # %% ../nbs/40_discussion.ipynb #48766a97
-VERDICTS = {
-    True: {"miniature": "seen in the miniature", "public": "reproduced", "paper": "reproduced"},
-    False: {"miniature": "not seen in the miniature", "public": "not reproduced", "paper": "not reproduced"},
+VERDICTS = {  # outcome -> world -> word
+    "holds": {"miniature": "seen in the miniature", "public": "reproduced", "paper": "reproduced"},
+    "fails": {"miniature": "not seen in the miniature", "public": "not reproduced", "paper": "not reproduced"},
+    "undecided": dict.fromkeys(["miniature", "public", "paper"], "undecided"),
 }
 UNTESTABLE = "not testable here"
 JUDGED = {  # table of a judge's scores -> the cell that shows whether it tells real effusions
-    **dict.fromkeys(["table_5", "domain_gap"], ("table_5", "Real images", "auc")),
+    **dict.fromkeys(["table_5", "domain_gap", "ablation_steps"], ("table_5", "Real images", "auc")),
     **{name: (name, "Pleural Effusion", "auc_original") for name in ("table_1", "table_6")},
 }
 
@@ -78,11 +80,12 @@ def printed_figures(
 def printed_check(
     rule: str,  # empty where there is none
     printed: dict,  # as `printed_cells` gives them
+    whose: str = "paper",  # the sentence: the paper's, or "ours"
 ) -> str:  # empty where the paper prints too little
     "Whether the paper's own numbers agree with its sentence."
     state, why, _ = decide(rule, printed) if rule else ("missing", [], [])
     if state == "missing": return ""
-    return "holds" if state == "holds" else f"contradicted: {'; '.join(why)}"
+    return "holds" if state == "holds" else f"{'contradicted' if whose == 'paper' else 'not so'}: {'; '.join(why)}"
 
 # %% ../nbs/40_discussion.ipynb #e7652f59
 def blind_tables(
@@ -103,18 +106,36 @@ def _cell_text(name: str, number: Estimate) -> str:
     "A cell, named table[row | column], with its number, interval and n."
     table, row, column = REFERENCE.fullmatch(name).groups()
     interval = f" [{number.low:.3g}, {number.high:.3g}]" if number.high - number.low > 1e-9 else ""
-    return f"{row}, {column}: {number.value:.3g}{interval}" + (f" (n={number.n})" if number.n else "")
+    of = ", ".join([f"n={number.n}"] * bool(number.n) + [f"{number.trainings} trainings"] * (number.trainings > 1))
+    return f"{row}, {column}: {number.value:.3g}{interval}" + (f" ({of})" if of else "")
+
+# %% ../nbs/40_discussion.ipynb #7504b2d1
+def _answer(
+    claim: dict,  # a row of claims.csv
+    cells: dict,  # (table, row, column) -> Estimate
+) -> tuple[str, list[str], list[str]]:  # as `decide` gives it
+    "The answer of a claim's rule and condition."
+    answers = [decide(rule, cells) for rule in (claim["rule"], claim["condition"]) if rule]
+    states = [state for state, *_ in answers]
+    state = next((one for one in ("missing", "fails", "undecided") if one in states), "holds")
+    wanted = [one for one in answers if (one[0] == "missing") == (state == "missing")]
+    why, named = (list(dict.fromkeys(text for one in wanted for text in one[part])) for part in (1, 2))
+    return state, why, named
 
 # %% ../nbs/40_discussion.ipynb #4fb0f208
-def _elsewhere(rule: str, cells: dict, others: dict[str, dict]) -> str:
-    "What all others that have a cell of the rule's tables answer: judge_b: holds; Phantom reports: fails."
-    tables, states = {table for table, _, _ in references(rule)}, {}
+def _elsewhere(
+    claim: dict,  # a row of claims.csv
+    cells: dict,  # (table, row, column) -> Estimate
+    others: Mapping[str, dict],  # name -> cells in the place of these
+) -> dict[str, str]:  # name -> answer
+    "The answers of all others that have a cell of the rule's tables."
+    tables, states = {table for table, _, _ in references(claim["rule"] + claim["condition"])}, {}
     for name, other in others.items():
         replaced = {table for table, _, _ in other}
         if not tables & replaced: continue
         rest = {key: one for key, one in cells.items() if key[0] not in replaced}
-        states[name] = decide(rule, rest | other)[0]
-    return "; ".join(f"{name}: {state}" for name, state in states.items() if state != "missing")
+        states[name] = _answer(claim, rest | other)[0]
+    return {name: state for name, state in states.items() if state != "missing"}
 
 # %% ../nbs/40_discussion.ipynb #58070aaa
 def _untestable(
@@ -125,35 +146,52 @@ def _untestable(
     blind: Mapping[str, str],  # table -> why its judge cannot tell
 ) -> str:  # empty where it can
     "Why a claim cannot be tested here."
-    tables = {table for table, _, _ in references(claim["rule"])}
+    tables = {table for table, _, _ in references(claim["rule"] + claim["condition"])}
     if not claim["rule"] or (claim["not_here"] and world == "miniature"): return claim["not_here"]
     if lost := sorted(tables - worlds.keys()):
         return f"this run has no {', '.join(lost)}: {absent.get(lost[0], 'it was not made')}"
     if unseen := sorted(tables & blind.keys()): return blind[unseen[0]]
     return ""
 
+# %% ../nbs/40_discussion.ipynb #6a674048
+def _caveat(
+    claim: dict,  # a row of claims.csv
+    cells: dict,  # (table, row, column) -> Estimate
+) -> list[str]:  # a sentence, or none
+    "What has to be said beside a verdict."
+    if not claim["caveat_if"]: return []
+    state, _, named = decide(claim["caveat_if"], cells)
+    if state != "holds": return []
+    numbers = "; ".join(_cell_text(name, cells[REFERENCE.fullmatch(name).groups()]) for name in named)
+    return [f"{claim['caveat']} ({numbers})"]
+
 # %% ../nbs/40_discussion.ipynb #37a3210e
 def verdict(
     claim: dict,  # a row of claims.csv
     cells: dict,  # (table, row, column) -> Estimate, measured
     worlds: dict[str, str],  # table -> world, of the tables that this run has
-    others: dict[str, dict],  # name of another judge, extractor or set of reports -> its cells in the place of these
+    others: Mapping[str, dict],  # another judge or extractor, on which the verdict rests too -> its cells
     absent: dict[str, str],  # table -> why this run does not have the one that is meant, where that is known
     blind: Mapping[str, str] = MappingProxyType({}),  # table -> why its judge cannot tell
+    further: Mapping[str, dict] = MappingProxyType({}),  # another set of reports -> its cells; shown alone
 ) -> dict:  # measured, world, verdict, outcome, reason, elsewhere
     "What was measured for a claim, and its verdict; raises ValueError for a rule that cannot be read."
-    rule = claim["rule"]
-    known = {worlds[table] for table, _, _ in references(rule) if table in worlds}
+    known = {worlds[table] for table, _, _ in references(claim["rule"]) if table in worlds}
     world = next((name for name in ("miniature", "public", "paper") if name in known), "")
     blank = {"measured": "", "world": "", "verdict": UNTESTABLE, "outcome": "", "elsewhere": ""}
     reason = _untestable(claim, world, worlds, absent, blind)
-    if reason or not rule: return blank | {"reason": reason}
-    state, why, named = decide(rule, cells)
+    if reason or not claim["rule"]: return blank | {"reason": reason}
+    state, why, named = _answer(claim, cells)
     if state == "missing":
         return blank | {"reason": "this run has no " + ", ".join(named[:2]) + " …" * (len(named) > 2)}
     measured = "; ".join(_cell_text(name, cells[REFERENCE.fullmatch(name).groups()]) for name in named)
-    return {"measured": measured, "world": world, "verdict": VERDICTS[state == "holds"][world], "outcome": state,
-            "reason": "; ".join(why), "elsewhere": _elsewhere(rule, cells, others)}
+    theirs = _elsewhere(claim, cells, others)
+    if apart := [f"{name}: {other}" for name, other in theirs.items() if other != state]:
+        why, state = [f"{state} by the first, but {', '.join(apart)}", *why], "undecided"
+    everywhere = theirs | _elsewhere(claim, cells, further)
+    return {"measured": measured, "world": world, "verdict": VERDICTS[state][world], "outcome": state,
+            "reason": "; ".join([*why, *_caveat(claim, cells)]),
+            "elsewhere": "; ".join(f"{name}: {other}" for name, other in everywhere.items())}
 
 # %% ../nbs/40_discussion.ipynb #076982eb
 def claim_sentences(
@@ -169,9 +207,8 @@ def claim_sentences(
     split, untestable = table[table.split], {why: (table.reason == why).sum() for why in dict.fromkeys(blind)}
     return [
         f"Claims: {listed(f'{n} {verdict}' for verdict, n in counts.items())}; {len(table)} in all.",
-        f"Claims seen: {seen.sum()} of the {tested.sum()} that could be tested. Undecided, because an interval "
-        "leaves room for "
-        f"both answers: {len(undecided)} of the others ({ids(undecided)}).",
+        f"Of the {tested.sum()} claims that could be tested {seen.sum()} were seen. Undecided, because an interval "
+        f"leaves room for both answers or judges or extractors differ, are {len(undecided)} ({ids(undecided)}).",
         f"The paper's printed numbers and this run give the same answer to {len(both) - len(differ)} of the "
         f"{len(both)} rules "
         f"that apply to both; they differ on {ids(differ)}.",

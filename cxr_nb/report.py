@@ -131,13 +131,14 @@ def _image_references(p: dict[str, dict], drawn: dict[str, list[str]]):
         for prompt in ("no_finding_prompt", "effusion_prompt"):
             yield _takes(p, notebook, prompt, "22_stable_diffusion", prompts)
             yield _takes(p, notebook, prompt, "27_unet_finetuning", [unet[prompt]])
-    for notebook in ("34_generation_results", "E_ablations"):
+    for notebook in ("34_generation_results", "35_classification_results", "E_ablations"):
         yield _takes(p, notebook, "extractor", "28_classification", judged["extractors"])
-    for notebook, name in (("10_introduction", "shown_variant"), ("34_generation_results", "shown_variant"),
+    for notebook, name in (("10_introduction", "shown_variants"), ("34_generation_results", "shown_variants"),
                            ("E_ablations", "variant"), ("E_ablations", "prior_variant")):
         yield _takes(p, notebook, name, "27_unet_finetuning", drawn.get("27_unet_finetuning", []))
+    yield "27_unet_finetuning", "repeated", unet["repeated"], "27_unet_finetuning", unet["variants"]
     drawing = ["27_unet_finetuning"]
-    yield "34_generation_results", "for shown_variant", drawing, "28_classification (drawn_by)", judged["drawn_by"]
+    yield "34_generation_results", "for shown_variants", drawing, "28_classification (drawn_by)", judged["drawn_by"]
 
 # %% ../nbs/07_report.ipynb #07c0de11
 def unfitting(

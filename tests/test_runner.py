@@ -282,7 +282,7 @@ def test_a_base_that_is_none_is_refused(project, monkeypatch, text, message):
 
 @pytest.mark.parametrize("changes, message", [
     ({"21_datasets": {"folders": {"Mine": "data/mine"}, "few_shot_source": "Mine"}}, "23_autoencoder reads 'Phantoms' (sources), and 21_datasets names 'Mine'"),
-    ({"27_unet_finetuning": {"variants": ["no findings and abnormality"]}}, "10_introduction reads 'no findings and abnormality, with prior' (shown_variant), and 27_unet_finetuning names"),
+    ({"27_unet_finetuning": {"variants": ["no findings and abnormality"]}}, "10_introduction reads 'no findings and abnormality, with prior' (shown_variants), and 27_unet_finetuning names"),
     ({"28_classification": {"judges": ["x/judge_c"]}}, "35_classification_results reads 'cxr_nb/miniature/classifiers/judge_a' (judge), and 28_classification names 'x/judge_c'"),
     ({"28_classification": {"drawn_by": ["22_stable_diffusion", "29_nothing"]}}, "28_classification reads '29_nothing' (drawn_by), and the report (with images) names '22_stable_diffusion'"),
     ({"24_text_encoder": {"encoders": {"BERT": "models/bert"}}}, "B_text_clusters reads 'Miniature CLIP' (figure_6), and 24_text_encoder names 'BERT'"),
@@ -316,7 +316,7 @@ def unfitting(demo, monkeypatch):
     ({"28_classification": {"extractors": ["inception"]}}, "28_classification reads 'inception' (extractors), and 23_autoencoder names 'efficientnet-lite0'"),
     ({"28_classification": {"source": ""}}, "28_classification reads '' (source), and 21_datasets names 'Phantoms'"),
     ({"28_classification": {"drawn_by": []}}, "28_classification reads '' (drawn_by), and the report (with images) names '22_stable_diffusion'"),
-    ({"28_classification": {"drawn_by": ["22_stable_diffusion"]}}, "34_generation_results reads '27_unet_finetuning' (for shown_variant), and 28_classification (drawn_by) names '22_stable_diffusion'"),
+    ({"28_classification": {"drawn_by": ["22_stable_diffusion"]}}, "34_generation_results reads '27_unet_finetuning' (for shown_variants), and 28_classification (drawn_by) names '22_stable_diffusion'"),
     ({"22_stable_diffusion": {"images_per_prompt": 0}}, "28_classification reads '22_stable_diffusion' (drawn_by), and the report (with images) names '25_textual_projection'"),
     ({"25_textual_projection": {"drawn": []}}, "28_classification reads '25_textual_projection' (drawn_by), and the report (with images) names '22_stable_diffusion', '26"),
     ({"32_autoencoder_results": {"judge": ""}}, "32_autoencoder_results reads '' (judge), and 23_autoencoder names"),
