@@ -122,6 +122,13 @@ def _answer(
     why, named = (list(dict.fromkeys(text for one in wanted for text in one[part])) for part in (1, 2))
     return state, why, named
 
+# %% ../nbs/40_discussion.ipynb #eade46a7
+def _tables_of(
+    claim: dict,  # a row of claims.csv
+) -> set[str]:
+    "The tables that a claim's rule and condition name."
+    return {table for rule in (claim["rule"], claim["condition"]) for table, _, _ in references(rule)}
+
 # %% ../nbs/40_discussion.ipynb #4fb0f208
 def _elsewhere(
     claim: dict,  # a row of claims.csv
@@ -129,7 +136,7 @@ def _elsewhere(
     others: Mapping[str, dict],  # name -> cells in the place of these
 ) -> dict[str, str]:  # name -> answer
     "The answers of all others that have a cell of the rule's tables."
-    tables, states = {table for table, _, _ in references(claim["rule"] + claim["condition"])}, {}
+    tables, states = _tables_of(claim), {}
     for name, other in others.items():
         replaced = {table for table, _, _ in other}
         if not tables & replaced: continue
@@ -146,7 +153,7 @@ def _untestable(
     blind: Mapping[str, str],  # table -> why its judge cannot tell
 ) -> str:  # empty where it can
     "Why a claim cannot be tested here."
-    tables = {table for table, _, _ in references(claim["rule"] + claim["condition"])}
+    tables = _tables_of(claim)
     if not claim["rule"] or (claim["not_here"] and world == "miniature"): return claim["not_here"]
     if lost := sorted(tables - worlds.keys()):
         return f"this run has no {', '.join(lost)}: {absent.get(lost[0], 'it was not made')}"
