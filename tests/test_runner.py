@@ -163,7 +163,7 @@ def test_a_notebook_may_be_called_by_its_path_or_its_beginning(project, monkeypa
 
 def test_a_whole_name_is_no_beginning(project, monkeypatch):
     monkeypatch.chdir(project)
-    (project / "nbs/99_small_again.ipynb").write_text("{}")
+    (project / "nbs/99_small_again.ipynb").write_text('{"cells": []}')
     assert profiles.notebook_named("99_small") == "99_small"
     with pytest.raises(ValueError, match="^notebook 99: there are 99_small and 99_small_again; write more of the name$"): profiles.notebook_named("99")
 
