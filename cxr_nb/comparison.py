@@ -468,18 +468,14 @@ def nearest_sentences(
     sentences = []
     for prompt, by_extractor in winners.items():
         one = by_extractor[extractor]
-        others = {name: other["best"] for name, other in by_extractor.items() if other["best"] != one["best"]}
+        others = {}
+        for name, other in by_extractor.items(): others.setdefault(other["best"], []).append(name)
+        others.pop(one["best"])
         clear = "clear" if one["clear"] else "not clear"
-        agree = (
-            f"by {listed(f'{name} it is {best}' for name, best in others.items())}"
-            if others
-            else "all extractors name it"
-        )
+        agree = "; ".join(f"by {listed(names)} it is {best}" for best, names in others.items()) or "all extractors name it"
         sentences.append(
-            f"“{prompt}”: {one['best']} has the lowest Fréchet distance on {extractor}, {one['measured']:.3g} "
-            f"({clear} of all "
-            f"other methods; real images have {one['floor']:.3g}); {agree}."
-        )
+            f"“{prompt}”: {one['best']} has the lowest Fréchet distance on {extractor}, {one['measured']:.3g} ({clear} of all "
+            f"other methods; real images have {one['floor']:.3g}); {agree}.")
     return sentences
 
 # %% ../nbs/30_comparison.ipynb #43a6e64d

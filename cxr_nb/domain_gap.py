@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COMPARISONS', 'MARKS', 'gap_scores', 'gap_verdict', 'unit_folds', 'realness', 'domain_scores', 'domain_floor',
-           'reconstruction_domain', 'domain_table', 'draw_aucs', 'draw_gap', 'domain_sentences']
+           'reconstruction_domain', 'domain_table', 'draw_aucs', 'draw_gap', 'verdict_sentences', 'domain_sentence']
 
 # %% ../nbs/29_domain_gap.ipynb #fcd40beb
 from collections.abc import Sequence
@@ -221,21 +221,38 @@ def draw_gap(
     return figure
 
 # %% ../nbs/29_domain_gap.ipynb #93bdd4a8
-def domain_sentences(
-    table: pd.DataFrame,  # row, column, measured, ci_low, ci_high, measured_by; verdict in the rows of judges
+def _aucs_of(table, column, rows):
+    "The AUCs of some rows, in words."
+    at = table[table.column == column].set_index("row")
+    at = {row: at.loc[row] for row in rows if row in at.index}
+    return listed([f"{with_interval(one.measured, one.ci_low, one.ci_high)} ({row})" for row, one in at.items()])
+
+# %% ../nbs/29_domain_gap.ipynb #192aee37
+def verdict_sentences(
+    gap: pd.DataFrame,  # row, column, measured, ci_low, ci_high, measured_by, verdict: as `gap_scores` measured them
     judge: str,
     best: str,  # the row that the verdict is on
     beside: Sequence[str] = (),  # rows that it is compared with
 ) -> list[str]:
     "What a judge's AUC of a variant measures (§3.5)."
-    rows = [best, *beside]
-    table = table[(table.measured_by == judge) & table.row.isin(rows)].set_index(["row", "column"])
-    def aucs(column):
-        at = {row: table.loc[(row, column)] for row in rows if (row, column) in table.index}
-        return listed([f"{with_interval(one.measured, one.ci_low, one.ci_high)} ({row})" for row, one in at.items()])
+    gap = gap[gap.measured_by == judge]
+    verdict = gap[(gap.row == best) & (gap.column == "generated")].verdict.iloc[0]
     return [
-        f"By the rule on real images, the verdict on {best} by {judge} is “{table.verdict[best, 'generated']}”.",
-        f"Images asked to show no effusion score above real normals before {judge} with AUC {aucs('normals')}, and a "
-        f"classifier separates real from generated images on features of {judge} with AUC {aucs('domain')}. "
-        "At 0.5 there is no difference; near 1, the judge may react to how unreal a picture is.",
+        f"By the rule on real images, the verdict on {best} by {judge} is “{verdict}”.",
+        f"For {judge}, images asked to show no effusion against real normals have an AUC of "
+        f"{_aucs_of(gap, 'normals', [best, *beside])}. Near 1, the judge may react to how unreal a picture is.",
     ]
+
+# %% ../nbs/29_domain_gap.ipynb #a357e504
+def domain_sentence(
+    domain: pd.DataFrame,  # row, column, measured, ci_low, ci_high, measured_by: as `domain_table` gives them
+    extractor: str,
+    rows: Sequence[str],  # that the sentence names
+) -> str:
+    "How well a classifier on an extractor's features separates generated images from real ones (§3.5)."
+    domain = domain[domain.measured_by == extractor]
+    floors = [row for row in ("real halves", "VAE") if row in set(domain.row)]
+    return (
+        f"A classifier on features of {extractor} separates generated images from real ones with an AUC of "
+        f"{_aucs_of(domain, 'domain', rows)}; what it makes of real images alone is {_aucs_of(domain, 'domain', floors)}."
+    )
