@@ -209,7 +209,8 @@ def _begin(model, loss, data, settings):
     if not isinstance(data[0], dict): raise TypeError(f"training: a sample is a dict, not {type(data[0]).__name__}")
     trained, accelerator = _trained_weights(model), _accelerator(settings)
     _share(settings, accelerator.num_processes)
-    optimizer = torch.optim.AdamW(trained.values(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
+    rate, decay = settings.learning_rate, settings.weight_decay
+    optimizer = torch.optim.AdamW(trained.values(), lr=rate, weight_decay=decay, fused=True)
     objective, optimizer = accelerator.prepare(_Objective(model, loss), optimizer)
     set_seed(settings.seed, device_specific=True)
     average = [p.detach().clone() for p in trained.values()] if settings.ema else []
