@@ -7,7 +7,7 @@ __all__ = ['KEPT_WORDS', 'WIDTH', 'TARGETS', 'JUDGES', 'new_vae', 'fractal_image
            'EarlyFeatures', 'feature_error', 'vae_loss', 'train_bpe', 'new_clip', 'clip_embeddings',
            'symmetric_cross_entropy', 'noise_scheduler', 'new_unet', 'velocity_weight', 'train_wordpiece', 'new_bert',
            'masked', 'tokenized', 'mlm_loss', 'section_loss', 'varied', 'downsampled', 'smoothed', 'worn', 'lossy',
-           'drawn_labels']
+           'equal_point', 'drawn_labels']
 
 # %% ../nbs/C_small_models.ipynb #bd90b96d
 import json
@@ -421,6 +421,16 @@ def lossy(
     for part in some(torch.tensor([5]).to(kind)): out[part] = downsampled(images[part], strength(2, 9))
     for part in some(torch.arange(6, 10).to(kind)): out[part] = decode(worn(latents[part]))
     return out
+
+# %% ../nbs/C_small_models.ipynb #1be0058c
+def equal_point(
+    logits: torch.Tensor,  # (n,)
+    positive: torch.Tensor,  # (n,) bool
+) -> float:  # of the given logits
+    "The logit from which on a call has sensitivity and specificity as equal as these images allow."
+    calls = logits[None] >= logits[:, None]
+    missed, false = (~calls & positive).sum(1), (calls & ~positive).sum(1)
+    return logits[(missed * (~positive).sum() - false * positive.sum()).abs().argmin()].item()
 
 # %% ../nbs/C_small_models.ipynb #0aa663ae
 def drawn_labels(
