@@ -10,12 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 import torchxrayvision as xrv
+from sklearn.metrics import roc_auc_score
 from torch import nn
 
+from cxr_nb.autoencoder import reconstruct
 from cxr_nb.checkpointing import checkpoints
 from cxr_nb.judges import load_classifier, probabilities
-from cxr_nb.miniature import PARTS, changed_files, fit, made, make_miniature
-from cxr_nb.small_models import JUDGES, TARGETS
+from cxr_nb.metrics import psnr, ssim
+from cxr_nb.miniature import PARTS, changed_files, fit, labelled_phantoms, made, make_miniature
+from cxr_nb.small_models import JUDGES, TARGETS, downsampled
+from cxr_nb.stable_diffusion import gray
 from cxr_nb.text_encoder import embed, load_text_encoder
 from cxr_nb.training import TrainingSettings
 
@@ -134,3 +138,27 @@ def test_no_word_is_without_tokens():
     ids = tokenizer(odd)["input_ids"]
     assert ids.count(tokenizer.eos_token_id) == 1 and ids[-1] == tokenizer.eos_token_id
     assert tokenizer.decode(ids, skip_special_tokens=True).replace(" ", "") == odd.lower().replace(" ", "")
+
+
+@pytest.fixture(scope="module")
+def phantoms(tmp_path_factory):
+    "Phantoms of a seed that no part was trained on: images, and which of them show an effusion."
+    images, labels, _ = labelled_phantoms(50, 77, tmp_path_factory.mktemp("phantoms"))
+    return images, labels[:, TARGETS.index("Effusion")] == 1
+
+
+def test_the_vae_brings_phantoms_back(phantoms):
+    from diffusers import AutoencoderKL
+    vae, images = AutoencoderKL.from_pretrained(MINIATURE / "stable_diffusion/vae", torch_dtype=torch.float32), phantoms[0][:24]
+    again = 255 * gray(reconstruct(vae, images, range(24)))
+    # the aim is the first edition's 0.883 and 31.3; on 414 phantoms this VAE reaches 0.866 and 29.96, 0.017 and 1.3 dB short
+    assert ssim(images.float(), again, (0, 255)).mean() > 0.85 and psnr(images.float(), again, (0, 255)).mean() > 29.5
+
+
+@pytest.mark.parametrize("name", [*JUDGES])
+def test_lost_detail_is_no_effusion(phantoms, name):
+    images, effusion = phantoms
+    def scores(images): return probabilities(load_classifier(MINIATURE / "classifiers" / name), images)[:, TARGETS.index("Effusion")]
+    assert roc_auc_score(effusion, scores(images)) > 0.95
+    soft = (downsampled(images[:, None].float(), 8)[:, 0]).round().byte()
+    assert (scores(soft)[~effusion.numpy()] > 0.5).mean() < 0.35, "of the first edition's judges: 89 % and 57 % of normals"
