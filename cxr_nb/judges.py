@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['RESIZE', 'SHAPE', 'OUTPUTS', 'unit_images', 'image_batches', 'Classifier', 'build_classifier', 'save_classifier',
-           'load_classifier', 'probabilities', 'layer_features', 'Extractor', 'classifier_extractor', 'load_extractor',
-           'load_extractors', 'feature_batches', 'features', 'extraction_record']
+           'load_classifier', 'probabilities', 'layer_features', 'Extractor', 'classifier_extractor',
+           'efficientnet_lite0', 'load_extractor', 'load_extractors', 'feature_batches', 'features',
+           'extraction_record']
 
 # %% ../nbs/04_judges.ipynb #4b0cfcae
 import json
@@ -350,14 +351,21 @@ def _efficientnet_weights(what):
         raise ValueError(f"{what}: {path} is not whole (its name has another hash); install its package again")
     return torch.load(path, map_location="cpu", weights_only=True)
 
-# %% ../nbs/04_judges.ipynb #dd0a2832
-def _efficientnet(device):
-    "EfficientNet-Lite0 up to its last embedding."
-    weights = _efficientnet_weights(what := f"extractor {_LITE0}")
+# %% ../nbs/04_judges.ipynb #0ffd6a71
+def efficientnet_lite0(
+    what: str,  # asks for it, for messages
+) -> torch.nn.Module:  # timm's, up to the last embedding
+    "EfficientNet-Lite0, trained on ImageNet; raises FileNotFoundError where its packages are not installed."
+    weights = _efficientnet_weights(what)
     import timm
     network = timm.create_model("tf_efficientnet_lite0", pretrained=False, num_classes=0)
     kept = [tensor for name, tensor in weights.items() if not name.startswith("_fc.")]
-    network = fill_network(network, dict(zip(network.state_dict(), kept, strict=True)), what)
+    return fill_network(network, dict(zip(network.state_dict(), kept, strict=True)), what)
+
+# %% ../nbs/04_judges.ipynb #dd0a2832
+def _efficientnet(device):
+    "EfficientNet-Lite0's last embedding."
+    network = efficientnet_lite0(f"extractor {_LITE0}")
     network.to(torch_device(device), memory_format=torch.channels_last)  # half the time on a CPU
     # alike in all channels
     size, mean, std = (network.pretrained_cfg[key][-1] for key in ("input_size", "mean", "std"))
