@@ -204,7 +204,8 @@ PROGRAMS = {  # kind -> its program, and its share of the pictures
 # %% ../nbs/06_world.ipynb #a72573ca
 def _style(kind, rng):
     "The style of a picture of a kind."
-    style = "photo" if kind in ("bodies", "lung xray") else str(rng.choice(STYLES, p=[0.62, 0.1, 0.08, 0.1, 0.05, 0.05]))
+    shares = [0.62, 0.1, 0.08, 0.1, 0.05, 0.05]
+    style = "photo" if kind in ("bodies", "lung xray") else str(rng.choice(STYLES, p=shares))
     return "black and white photo" if kind == "gray surface" and style in ("photo", "painting") else style
 
 # %% ../nbs/06_world.ipynb #988e5bc9
