@@ -137,9 +137,9 @@ def answer_measured(
 # %% ../nbs/F_page.ipynb #f07b52d9
 NOT_SHOWN = {  # whether it is the miniature -> what no number here says
     True: "What the paper's Stable Diffusion would draw from patients' radiographs, for it has no part in these numbers; what "
-          "a radiologist would see; and how another training would come out, for each strategy was trained once.",
-    False: "What a radiologist would see, for classifiers judged; and how another training would come out, for each "
-           "strategy was trained once.",
+          "a radiologist would see; and how other training images would change them.",
+    False: "What a radiologist would see, for classifiers judged; and how other training "
+           "images would change the numbers.",
 }
 
 # %% ../nbs/F_page.ipynb #a5368f3b
