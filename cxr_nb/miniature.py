@@ -34,7 +34,7 @@ from .small_models import drawn_labels, equal_point, fractal_images, gray_images
 from .small_models import new_clip, new_unet, new_vae, noise_scheduler, section_loss, symmetric_cross_entropy
 from .small_models import tokenized, train_bpe, train_wordpiece, vae_loss, varied, velocity_weight
 from .text_encoder import projection_head
-from .training import TrainingSettings, train
+from .training import TrainingSettings, train as train_part
 from .tables import with_interval
 from .values import json_text, listed
 from .world import draw_pictures
@@ -75,7 +75,7 @@ def fit(
 ) -> dict:  # steps, seconds, losses: means of the tenths of the run
     "Train a part, going on from its checkpoint where there is one; raises what `train` raises."
     model.train()
-    log = train(model, loss, [{"index": i} for i in range(samples)], settings, Path(work) / part, {"part": part})
+    log = train_part(model, loss, [{"index": i} for i in range(samples)], settings, Path(work) / part, {"part": part})
     model.eval()
     tenths = [round(float(np.mean(tenth)), 5) for tenth in np.array_split(log.loss, min(10, len(log)))]
     return {"steps": len(log), "seconds": round(log.seconds.sum()), "losses": tenths}
