@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['EXTRACTORS', 'Requirement', 'read_requirement', 'check_requirement', 'groups_of', 'measure', 'evaluate',
-           'evaluate_parser', 'evaluate_or_exit']
+           'evaluate_parser', 'summary', 'evaluate_or_exit']
 
 # %% ../nbs/32_evaluation.ipynb #6725043a
 import operator
@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 
 from .commits import git_commit
 from .core import versions
-from .evaluation_page import Evaluation, evaluation_page
+from .evaluation_page import Evaluation, evaluation_page, verdict_views
 from .image_faults import fault_shares, list_faults, same_pixels
 from .image_lists import add_table, list_images
 from .image_scan import Scan, load_extractors, scan
@@ -70,11 +70,9 @@ def groups_of(
     fake: Scan,
     real: Scan,
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:  # group -> positions of generated and of real images
-    "All images, and those with each label that both sets have."
+    "All images, and those with each label."
     groups = {ALL: (np.arange(len(fake)), np.arange(len(real)))}
-    for label in fake.images.labelled:
-        if label in real.images.labelled: groups[label] = tuple(np.flatnonzero(one.rows[label] == 1) for one in (fake, real))
-    return groups
+    return groups | {label: tuple(np.flatnonzero(one.rows[label] == 1) for one in (fake, real)) for label in fake.images.labelled}
 
 # %% ../nbs/32_evaluation.ipynb #0ee965d8
 def _sides(space, fake, real, positions):
@@ -86,7 +84,7 @@ def _steps(fake, real, training, extractors, sampling):
     "What is measured: (name, group, extractor, function that gives rows)."
     steps = []
     for group, positions in groups_of(fake, real).items():
-        for space in extractors:
+        for space in extractors if min(map(len, positions)) >= FEWEST or group == ALL else ():
             steps.append((f"distances, {space}, {group}", group, space, lambda s=space, p=positions: distance_rows(*_sides(s, fake, real, p), sampling)))
     steps.append(("diversity", ALL, "", lambda: diversity_rows(fake, real, sampling)))
     for space in ("pixels", *extractors) if training else ():
@@ -125,6 +123,9 @@ def measure(
         rows, pairs = given if isinstance(given, tuple) else (given, None)
         parts.append(rows.assign(group=group, extractor=space))
         if pairs is not None: nearest.append(pairs)
+    few = [f"{group} ({' and '.join(map(str, map(len, positions)))})" for group, positions in groups_of(fake, real).items() if min(map(len, positions)) < FEWEST]
+    if few: missing.append(f"distances by label need {FEWEST} generated and {FEWEST} real images: {', '.join(few)}")
+    if not fake.images.labelled: missing.append("distances by label: no label of a generated image is known (--labels)")
     if training is None: missing.append("copies and re-identification: no training images were named (--training)")
     rows = pd.concat(parts, ignore_index=True).reindex(columns=ROW_COLUMNS)
     rows[["verdict", "note"]] = rows[["verdict", "note"]].fillna("")
@@ -183,7 +184,7 @@ def evaluate(
     with one_writer(out / "kept/.lock", f"evaluation of {generated}"):
         scans = [scan(one, extractors, out / "kept" / one.name, size, processes, device) for one in lists]
         for one in scans[:2]:
-            if not len(one): raise ValueError(f"{one.images.place}: none of its {len(one.images):,} images can be read; the first: {one.unreadable.problem.iloc[0]}")
+            if not len(one): raise ValueError(f"{one.images.place}: none of its {len(one.images):,} images can be read; the first, {one.unreadable.image.iloc[0]}, {one.unreadable.problem.iloc[0]}")
         faults = {one.images.name: list_faults(one) for one in scans}
         loaded = load_extractors(extractors, device)
         rows, nearest, missing = measure(scans[0], scans[1], scans[2] if training else None, list(loaded), sampling)
@@ -217,6 +218,16 @@ def evaluate_parser() -> ArgumentParser:
     parser.add_argument("--show-real", action="store_true", help="show pictures of real images on the page")
     return parser
 
+# %% ../nbs/32_evaluation.ipynb #42ae0ab3
+def summary(
+    result: Evaluation,
+) -> list[str]:  # lines
+    "What a person reads on the terminal."
+    lost = [f"{len(one.unreadable):,} of {len(one.images):,} {one.images.name} images cannot be read; faults.csv says why" for one in result.scans if len(one.unreadable)]
+    clear = [f"clear of the floor: {view['words']} ({view['rows']})" for view in verdict_views(result.rows)]
+    return [*lost, *(f"not measured: {line}" for line in result.not_measured), *(clear or ["no number is clear of its floor"]),
+            *(f"not met: {line}" for line in result.unmet), *(f"met: {line}" for line in result.met)]
+
 # %% ../nbs/32_evaluation.ipynb #27b8fc95
 def evaluate_or_exit(
     words: Sequence[str],  # of the command line, after `evaluate`
@@ -236,6 +247,5 @@ def evaluate_or_exit(
     except KeyboardInterrupt:
         print("cxr_nb: stopped; what was read is kept, and the same command goes on from there", file=sys.stderr)
         return 2
-    for line in (*result.not_measured, *(f"not met: {line}" for line in result.unmet), *(f"met: {line}" for line in result.met)): print(line)
-    print(f"the page: {Path(given['out']) / 'evaluation.html'}")
+    print(*summary(result), f"the page: {Path(given['out']) / 'evaluation.html'}", sep="\n")
     return int(bool(result.unmet))

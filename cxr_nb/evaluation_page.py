@@ -91,7 +91,7 @@ def row_view(
 # %% ../nbs/31_evaluation_page.ipynb #2d97d465
 MEASURE_WORDS = {
     "frechet": "Fréchet distance", "frechet_all": "Fréchet distance, all images", "kid": "KID", "ms_ssim": "MS-SSIM within a prompt",
-    "nearer": "nearer to training than others", "copies": "share of near-copies", "reidentified": "training patients told, AUC",
+    "nearer": "nearer to training than others", "copies": "share of near-copies", "reidentified": "re-identification, AUC",
 }
 
 # %% ../nbs/31_evaluation_page.ipynb #d47a8998
@@ -106,8 +106,8 @@ SECTIONS = [  # title, measures, the second column, text
      "Each generated image has a nearest training image. “Nearer” is the probability that a generated image is nearer to its own than a "
      "real image of another patient is to its (0.5: as such an image; 1: always nearer). “Near-copies” are as near as the nearest 5 % of those."),
     ("Re-identification", ["reidentified"], "distance in",
-     "Of a training image and a real one that was held out: which lies nearer to a generated image? 0.5: nothing is given away; 1: whoever "
-     "has a radiograph can tell whether its patient was trained on."),
+     "Of a training image (n) and a real one that was held out: which lies nearer to its nearest generated image? 0.5: nothing is given away; "
+     "1: whoever has a radiograph can tell whether its patient was trained on."),
     ("Pixel for pixel the same", ["in reference", "in training"], "", "Generated images that are in another set."),
 ]
 
@@ -191,8 +191,9 @@ def _list_view(one):
     "A list as the template takes it."
     rows, named = one.images.rows, sum(unit.startswith("patient ") for unit in one.images.units)
     patients = f"{len(set(one.images.units)):,}" if named == len(rows) else f"unknown for {len(rows) - named:,} images"
-    labels = ", ".join(f"{label} {int((rows[label] == 1).sum()):,}" for label in one.images.labelled) or "none"
-    return {"name": one.images.name, "place": one.images.place, "images": f"{len(rows) + len(one.images.absent):,}", "read": f"{len(one):,}",
+    labels = ", ".join(f"{label} {int((rows[label] == 1).sum()):,}" for label in one.images.labelled)
+    if one.images.name == "generated": patients = "–"
+    return {"name": one.images.name, "title": " / ".join(Path(one.images.place).parts[-2:]), "place": one.images.place, "images": f"{len(rows) + len(one.images.absent):,}", "read": f"{len(one):,}",
             "unreadable": f"{len(one.unreadable) + len(one.images.absent):,}", "patients": patients, "labels": labels}
 
 # %% ../nbs/31_evaluation_page.ipynb #fda1be2c

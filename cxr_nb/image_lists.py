@@ -136,10 +136,12 @@ def table_of_folder(
     folder: Path,
 ) -> tuple[Path | None, str]:  # the table, and a note where there is a CSV that is none
     "The table of a folder of images."
+    if (path := Path(folder) / "labels.csv").is_file(): return path, ""
     tables = sorted(path for path in Path(folder).glob("*.csv") if not path.name.startswith("."))
-    named = [path for path in tables if path.name == "labels.csv"] or (tables if len(tables) == 1 else [])
-    if named and "image" in column_names(named[0]): return named[0], ""
-    return None, f"{len(tables)} CSV in the folder, not read: none is labels.csv with a column image" if tables else ""
+    if len(tables) != 1: return None, f"{len(tables)} CSV in the folder, none of them labels.csv: not read" if tables else ""
+    try: names = column_names(tables[0])
+    except ValueError as error: return None, f"{tables[0].name} was not read ({str(error).removeprefix(f'{tables[0]}: ')})"
+    return (tables[0], "") if "image" in names else (None, f"{tables[0].name} was not read, for it has no column image")
 
 # %% ../nbs/17_image_lists.ipynb #ab2be96a
 def _cohort_list(name, path):

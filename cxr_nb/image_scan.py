@@ -171,7 +171,7 @@ class Scan:
     "What was seen of a list."
     images: ImageList
     rows: pd.DataFrame  # the list's rows that could be read, in order, with FACTS and digest
-    unreadable: pd.DataFrame  # image, problem
+    unreadable: pd.DataFrame  # image, problem (without its path)
     features: dict[str, np.ndarray]  # "pixels" and extractors -> (n, d), a row for each of `rows`
 
     def __len__(self): return len(self.rows)
@@ -211,7 +211,8 @@ def scan(
     readable, facts, digests = (torch.cat([one[kind] for one in seen]).numpy() for kind in ("readable", "facts", "digest"))
     rows = images.rows[readable].assign(**dict(zip(FACTS, facts.T)), digest=[bytes(one).hex() for one in digests])
     broken = images.rows[~readable]
-    unreadable = broken[["image"]].assign(problem=image_problems([Path(path) for path in broken.path]) if len(broken) else [])
+    problems = image_problems([Path(path) for path in broken.path]) if len(broken) else []
+    unreadable = broken[["image"]].assign(problem=[problem.removeprefix(f"{path}: ") for path, problem in zip(broken.path, problems)])
     def disk(name, width, part): return _on_disk(folder / f"{slug(name)}.npy", map(part, chunks), len(rows), width)
     pixels = disk("pixels", THUMBNAIL**2, lambda chunk: pixel_vectors(load_file(chunk.file("seen"))["thumbnail"].numpy()))
     given = {name: disk(name, width, lambda chunk: load_file(chunk.file(f"features {name}"))["features"].numpy())

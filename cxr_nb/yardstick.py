@@ -252,5 +252,4 @@ def reidentification_rows(
                      for x in (training.features[space], real.features[space][pool]))
     sides = Side(known, training.units), Side(others, real.units[pool])
     measured = lambda a, b: copying_measures(real=b, fake=a)[:1]
-    rows = estimate_rows(["reidentified"], measured, *sides, sides[1], reference_sizes(sides[1].units, len(known)), sampling)
-    return rows.assign(note="n training images against n_reference held-out ones, by the nearest generated image")
+    return estimate_rows(["reidentified"], measured, *sides, sides[1], reference_sizes(sides[1].units, len(known)), sampling)
