@@ -91,7 +91,8 @@ def row_view(
 # %% ../nbs/31_evaluation_page.ipynb #2d97d465
 MEASURE_WORDS = {
     "frechet": "Fréchet distance", "frechet_all": "Fréchet distance, all images", "kid": "KID", "ms_ssim": "MS-SSIM within a prompt",
-    "nearer": "nearer to training than others", "copies": "share of near-copies", "reidentified": "re-identification, AUC",
+    "nearer": "nearer to training than others", "copies": "share of near-copies", "reidentified": "re-identification, AUC", "alignment": "asked for against not, AUC", "shown": "asked for, and called so", "absent": "not asked for, and not called so",
+    "own_prompt": "nearer to its own prompt",
 }
 
 # %% ../nbs/31_evaluation_page.ipynb #d47a8998
@@ -108,6 +109,9 @@ SECTIONS = [  # title, measures, the second column, text
     ("Re-identification", ["reidentified"], "distance in",
      "Of a training image (n) and a real one that was held out: which lies nearer to its nearest generated image? 0.5: nothing is given away; "
      "1: whoever has a radiograph can tell whether its patient was trained on."),
+    ("What prompts ask for", ["alignment", "shown", "absent", "own_prompt"], "seen by",
+     "Images whose prompts ask for a finding, against images whose prompts rule it out or ask for none. In the place of a floor stands what real images with and "
+     "without the finding get: what can be seen at all. Where that is not clear of one half, no verdict is given."),
     ("Pixel for pixel the same", ["in reference", "in training"], "", "Generated images that are in another set."),
 ]
 
@@ -120,6 +124,7 @@ def section_views(
     for title, measures, by_extractor, about in SECTIONS:
         part, tables = rows[rows.measure.isin(measures)], []
         keys = ["group"] if by_extractor else ["group", "extractor"]
+        part = part.assign(extractor=part.extractor.fillna(""))
         axes = {key: _axis(one) for key, one in part.groupby(["measure", "extractor"])}
         for key, one in part.groupby(keys, sort=False):
             name = ", ".join(str(value) for value in key if value and (value != ALL or by_extractor or rows.group.nunique() > 1))

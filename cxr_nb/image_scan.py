@@ -26,7 +26,8 @@ from tqdm.auto import tqdm
 from .caches import cached
 from .image_lists import ImageList
 from .images import border_share, colour_share, image_problems, middle_square, open_radiograph, polarity
-from .judges import Extractor, load_extractor, unit_images
+from .image_text import image_side, load_image_text
+from .judges import Extractor, load_classifier, load_extractor, probability_extractor, unit_images
 from .places import slug, slugs, written_whole
 
 # %% ../nbs/18_image_scan.ipynb #7aea3cce
@@ -74,13 +75,26 @@ def fingerprint(
     rounded = [f"{value:.3g}" for value in given.ravel()[:: max(1, given.size // 64)]]
     return hashlib.sha256(" ".join([str(given.shape), *rounded]).encode()).hexdigest()[:16], given.shape[1]
 
+# %% ../nbs/18_image_scan.ipynb #3c6fc600
+_LOADERS = {
+    "extractor": load_extractor,
+    "judge": lambda place, device: probability_extractor(load_classifier(place, device)),
+    "image-text": lambda place, device: image_side(load_image_text(place, device)),
+}
+
+# %% ../nbs/18_image_scan.ipynb #3b3041eb
+def _kind(place):
+    "What a place is loaded as, and the place itself."
+    kind, equals, rest = str(place).partition("=")
+    return (kind, rest) if equals and kind in _LOADERS else ("extractor", place)
+
 # %% ../nbs/18_image_scan.ipynb #e1f16a7f
 def load_extractors(
-    places: Sequence[str],  # as `load_extractor` takes them
+    places: Sequence[str],  # as `load_extractor` takes them, or "judge=PLACE", "image-text=PLACE"
     device: str = "auto",
 ) -> dict[str, Extractor]:  # name -> extractor
-    "Load extractors; raises what `load_extractor` raises, and ValueError for two of one name."
-    loaded = [load_extractor(place, device) for place in places]
+    "Load whatever gives numbers of an image; raises what `load_extractor` raises, and ValueError for two of one name."
+    loaded = [_LOADERS[kind](place, device) for kind, place in map(_kind, places)]
     slugs(["pixels", *(one.name for one in loaded)], "extractors")
     return {one.name: one for one in loaded}
 
