@@ -18,10 +18,12 @@ from .prompts import read_kinds, word_kinds
 # %% ../nbs/23_asked_findings.ipynb #a28b32d7
 FINDING_WORDS = {
     "Atelectasis": r"atelecta\w+|volume loss",
-    "Cardiomegaly": r"cardiomegaly|(?:enlarged|enlargement of the|large) (?:heart|cardiac silhouette)|(?:heart|cardiac silhouette) is (?:\w+ )?enlarged",
+    "Cardiomegaly": r"cardiomegaly|(?:enlarged|enlargement of the|large) (?:heart|cardiac silhouette)|"
+                    r"(?:heart|cardiac silhouette) is (?:\w+ )?enlarged",
     "Consolidation": r"consolidat\w+",
     "Edema": r"(?:pulmonary |interstitial |alveolar )*o?edema|(?:pulmonary )?(?:vascular )?congestion",
-    "Enlarged Cardiomediastinum": r"(?:widened|enlarged|wide) (?:cardio)?mediastinum|mediastinal (?:widening|enlargement)",
+    "Enlarged Cardiomediastinum": r"(?:widened|enlarged|wide) (?:cardio)?mediastinum|"
+                                  r"mediastinal (?:widening|enlargement)",
     "Fracture": r"(?:rib )?fractur\w+",
     "Lung Lesion": r"(?:lung |pulmonary )?(?:nodul\w+|mass(?:es)?|lesions?|tumou?rs?)",
     "Lung Opacity": r"(?:airspace |lung |pulmonary )?(?:opaci\w+|infiltrat\w+)",
@@ -29,16 +31,23 @@ FINDING_WORDS = {
     "Pleural Other": r"pleural (?:thickening|plaques?)",
     "Pneumonia": r"(?:broncho)?pneumonias?",
     "Pneumothorax": r"pneumothora(?:x|ces)",
-    "Support Devices": r"(?:support |medical )?devices?|pacemakers?|catheters?|(?:endotracheal |chest |feeding )?tubes?|(?:central |picc )?lines?",
+    "Support Devices": r"(?:support |medical )?devices?|pacemakers?|catheters?|"
+                       r"(?:endotracheal |chest |feeding )?tubes?|(?:central |picc )?lines?",
 }
 _ANY = re.compile("|".join(rf"(?P<f{i}>(?<!\w)(?:{words})(?!\w))" for i, words in enumerate(FINDING_WORDS.values())))
 
 # %% ../nbs/23_asked_findings.ipynb #6891367d
 _ASIDE = re.compile(
-    r"(?<!\w)(?:bi?basil?ar|basal|apical|retrocardiac|perihilar|hilar|bibasilar|lingular?|lobes?|lobar|upper|lower|middle|mid|lung (?:zone|base|field)s?|bases?|zones?|"
-    r"subsegmental|segmental|discoid|linear|patchy|diffuse|scattered|chronic|stable|interval|mildly|moderately|severely|severe|again|subtle|multifocal|hazy|vague|"
-    r"pulmonary vascular|associated|adjacent|underlying|likely representing|left-sided|right-sided)(?!\w)"
+    r"(?<!\w)(?:bi?basil?ar|basal|apical|retrocardiac|perihilar|hilar|lingular?|lobes?|lobar|upper|lower|middle|mid|"
+    r"lung (?:zone|base|field)s?|bases?|zones?|subsegmental|segmental|discoid|linear|patchy|diffuse|scattered|"
+    r"chronic|stable|interval|mildly|moderately|severely|severe|again|subtle|multifocal|hazy|vague|associated|"
+    r"adjacent|underlying)(?!\w)"
 )
+
+# %% ../nbs/23_asked_findings.ipynb #a97baaa6
+def _grammar(text, alone=True):
+    "What §2.8's grammar reads in a text."
+    return read_kinds("".join(kind for kind, _ in word_kinds(text)), alone)
 
 # %% ../nbs/23_asked_findings.ipynb #23375c12
 def _read_sentence(sentence):
@@ -47,8 +56,7 @@ def _read_sentence(sentence):
     for label in {list(FINDING_WORDS)[int(m.lastgroup[1:])] for m in _ANY.finditer(text)}:
         at = list(FINDING_WORDS).index(label)
         asked = _ANY.sub(lambda m: "effusion" if m.lastgroup == f"f{at}" else "pneumothorax", text)
-        reading = read_kinds("".join(kind for kind, _ in word_kinds(asked)), alone=False)
-        said[label] = {"pleural effusion": 1, "no finding": 0}.get(reading, -1)
+        said[label] = {"pleural effusion": 1, "no finding": 0}.get(_grammar(asked, alone=False), -1)
     return said
 
 # %% ../nbs/23_asked_findings.ipynb #2615dd2d
@@ -65,7 +73,7 @@ def asked_findings(
         if not sentence.strip(): continue
         for label, value in _read_sentence(sentence).items():
             said[label] = value if np.isnan(said[label]) or said[label] == value else -1
-        plain &= read_kinds("".join(kind for kind, _ in word_kinds(_ANY.sub("effusion", _ASIDE.sub(" ", sentence.lower()))))) == "no finding"
+        plain &= _grammar(_ANY.sub("effusion", _ASIDE.sub(" ", sentence.lower()))) == "no finding"
     named = {value for value in said.values() if value == value}
     if plain and named <= {0}: said["No Finding"] = 1.0
     elif 1 in named: said["No Finding"] = 0.0

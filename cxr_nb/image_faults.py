@@ -16,34 +16,46 @@ from .image_scan import Scan
 from .images import ASPECT_RATIOS, COLOURED, MAX_BORDER, MAX_COLOUR, MIN_POLARITY
 from .intervals import share_interval
 
-# %% ../nbs/19_image_faults.ipynb #9af1a6fd
-_BLOCK = 2**24  # distances held at a time
+# %% ../nbs/19_image_faults.ipynb #8c0591d4
+_ROWS, _COLUMNS = 1024, 2**14  # images of either side that are held at a time
+
+# %% ../nbs/19_image_faults.ipynb #cc0ada30
+def _nearest_of_block(block, y, middle, own):
+    "Index of the nearest row of y for each row of a block; own: positions in y of its rows themselves, or None."
+    best, index = np.full(len(block), np.inf), np.full(len(block), -1)
+    for start in range(0, len(y), _COLUMNS):
+        part = np.asarray(y[start : start + _COLUMNS], np.float32) - middle
+        apart = (part**2).sum(1) - 2 * block @ part.T
+        if own is not None:
+            here = np.flatnonzero((own >= start) & (own < start + len(part)))
+            apart[here, own[here] - start] = np.inf
+        at = apart.argmin(1)
+        near = apart[np.arange(len(block)), at]
+        index, best = np.where(near < best, start + at, index), np.minimum(near, best)
+    return index
 
 # %% ../nbs/19_image_faults.ipynb #9b406733
 def nearest(
-    x: np.ndarray,  # (n, d) features
+    x: np.ndarray,  # (n, d) features, in memory or on disk
     y: np.ndarray,  # (m, d) features of the same extractor
     description: str = "nearest",  # beside the progress bar
     itself: bool = False,  # x is y, and an image is not its own neighbour
 ) -> tuple[np.ndarray, np.ndarray]:  # (n,) Euclidean distance, inf without another image; (n,) index, -1
     "The nearest row of y for each row of x."
-    n, m = len(x), len(y)
-    distance, index = np.full(n, np.inf), np.full(n, -1)
-    if m <= itself or not n: return distance, index
-    middle = np.asarray(y[: 2**16], np.float32).mean(0)  # squares of numbers around 0 keep their digits
-    y = np.asarray(y, np.float32) - middle
-    squares, rows = (y**2).sum(1), max(1, _BLOCK // m)
-    for start in tqdm(range(0, n, rows), description, unit="block", leave=False, disable=n <= rows):
-        block = np.asarray(x[start : start + rows], np.float32) - middle
-        apart = squares - 2 * block @ y.T
-        if itself: apart[np.arange(len(block)), start + np.arange(len(block))] = np.inf
-        at = apart.argmin(1)
-        index[start : start + rows] = at
-        distance[start : start + rows] = np.linalg.norm(block.astype(float) - y[at], axis=1)
+    distance, index = np.full(len(x), np.inf), np.full(len(x), -1)
+    if len(y) <= itself or not len(x): return distance, index
+    middle = np.asarray(y[:_COLUMNS], np.float32).mean(0)  # squares of numbers around 0 keep their digits
+    for start in tqdm(range(0, len(x), _ROWS), description, unit="block", leave=False, disable=len(x) <= _ROWS):
+        rows = slice(start, min(start + _ROWS, len(x)))
+        block = np.asarray(x[rows], np.float32) - middle
+        index[rows] = at = _nearest_of_block(block, y, middle, np.arange(len(x))[rows] if itself else None)
+        distance[rows] = np.linalg.norm(block.astype(float) - (np.asarray(y[at], np.float32) - middle), axis=1)
     return distance, index
 
-# %% ../nbs/19_image_faults.ipynb #6d8fd878
+# %% ../nbs/19_image_faults.ipynb #852bf180
 MAX_WHITE, NEAR_DUPLICATE = 0.05, 0.98
+
+# %% ../nbs/19_image_faults.ipynb #c101eb04
 FAULTS = {  # name -> what it means
     "missing": "a table names it, and it is not there",
     "unreadable": "no measure includes it",
@@ -59,31 +71,30 @@ FAULTS = {  # name -> what it means
 
 # %% ../nbs/19_image_faults.ipynb #ffdbeb30
 def _by_facts(rows):
-    "Faults that an image has on its own: whether each row has it, and its number in words."
+    "Whether each row has a fault, and its number in words."
     ratio, flat = rows.width / rows.height, rows.border >= 1
-    cropped = ~ratio.between(*ASPECT_RATIOS)
     return {
         "flat": (flat, ["" for _ in rows.index]),
         "inverted": (rows.polarity < MIN_POLARITY, [f"polarity {v:.2f}" for v in rows.polarity]),
         "bordered": ((rows.border > MAX_BORDER) & ~flat, [f"{v:.0%} of the area" for v in rows.border]),
-        "shape": (cropped, [f"width to height {v:.2f}" for v in ratio]),
+        "shape": (~ratio.between(*ASPECT_RATIOS), [f"width to height {v:.2f}" for v in ratio]),
         "coloured": (rows.colour > MAX_COLOUR, [f"{v:.0%} of the pixels" for v in rows.colour]),
         "saturated": (rows.white > MAX_WHITE, [f"{v:.0%} of the pixels" for v in rows.white]),
     }
 
 # %% ../nbs/19_image_faults.ipynb #28e0e605
 def _copies_within(one):
-    "Duplicates and near-duplicates of a set."
-    names, first = one.rows.image.to_numpy(), one.rows.groupby("digest").image.transform("first").to_numpy()
-    distance, index = nearest(one.features["pixels"], one.features["pixels"], f"{one.images.name}: near-duplicates", itself=True)
-    alike, flat = 1 - distance**2 / 2, one.rows.border.to_numpy() >= 1
-    again = first != names
-    near = (alike >= NEAR_DUPLICATE) & ~again & ~flat & ~(names[index] == first) if len(names) else again
-    # an image whose exact copy comes later is no fault of its own; that copy is
-    near &= ~pd.Series(one.rows.digest).duplicated(keep=False).to_numpy()
+    "Duplicates and near-duplicates of a set, as `_by_facts` has faults."
+    names, pixels = one.rows.image.to_numpy(), one.features["pixels"]
+    first = one.rows.groupby("digest").image.transform("first").to_numpy()
+    distance, index = nearest(pixels, pixels, f"{one.images.name}: near-duplicates", itself=True)
+    alike = 1 - distance**2 / 2
+    copied = one.rows.digest.duplicated(keep=False) | (one.rows.border >= 1)
+    others = names[index] if len(names) else names
     return {
-        "duplicate": (again, [f"of {name}" for name in first]),
-        "near-duplicate": (near, [f"of {name}, correlation {r:.3f}" for name, r in zip(names[index], alike)]),
+        "duplicate": (first != names, [f"of {name}" for name in first]),
+        "near-duplicate": ((alike >= NEAR_DUPLICATE) & ~copied.to_numpy(bool),
+                           [f"of {name}, correlation {r:.3f}" for name, r in zip(others, alike)]),
     }
 
 # %% ../nbs/19_image_faults.ipynb #98829310
@@ -94,14 +105,14 @@ def list_faults(
     one: Scan,
 ) -> pd.DataFrame:  # FAULT_COLUMNS; a row per image and fault
     "What is wrong with the images of a list."
-    kinds = {"unreadable": (one.unreadable.image, one.unreadable.problem), "missing": (one.images.absent, [""] * len(one.images.absent))}
+    lost = one.images.absent
+    kinds = {"unreadable": (one.unreadable.image, one.unreadable.problem), "missing": (lost, [""] * len(lost))}
     for fault, (has, details) in (_by_facts(one.rows) | _copies_within(one)).items():
         has = np.asarray(has, bool)
         kinds[fault] = one.rows.image[has], np.array(details, object)[has]
-    parts = [pd.DataFrame({"image": [*images], "fault": fault, "detail": [*details]}) for fault, (images, details) in kinds.items()]
-    table = pd.concat(parts, ignore_index=True).assign(list=one.images.name)
-    order = {fault: i for i, fault in enumerate(FAULTS)}
-    return table.sort_values(["fault", "image"], key=lambda c: c.map(order) if c.name == "fault" else c, ignore_index=True)[FAULT_COLUMNS]
+    columns = [(fault, *map(list, kinds[fault])) for fault in FAULTS]
+    parts = [pd.DataFrame({"image": images, "fault": fault, "detail": details}) for fault, images, details in columns]
+    return pd.concat(parts, ignore_index=True).assign(list=one.images.name)[FAULT_COLUMNS]
 
 # %% ../nbs/19_image_faults.ipynb #a280debe
 def fault_shares(
@@ -111,15 +122,14 @@ def fault_shares(
     "How many images of a list have each fault."
     n = len(one.images) + len(one.images.absent)
     counts = faults.fault.value_counts().reindex(list(FAULTS), fill_value=0)
-    ends = np.array([share_interval(count, n) for count in counts]).T
-    return pd.DataFrame({"count": counts, "n": n, "share": counts / n, "ci_low": ends[0], "ci_high": ends[1]})
+    low, high = np.array([share_interval(count, n) for count in counts]).T
+    return pd.DataFrame({"count": counts, "n": n, "share": counts / n, "ci_low": low, "ci_high": high})
 
 # %% ../nbs/19_image_faults.ipynb #6e326c18
 def same_pixels(
     one: Scan,
-    others: Sequence[Scan],
-) -> pd.DataFrame:  # image, list, other: pairs with the same pixels
-    "Images of a list that are in others, pixel for pixel."
-    rows = one.rows[["image", "digest"]]
-    parts = [rows.merge(other.rows[["image", "digest"]].rename(columns={"image": "other"}), on="digest").assign(list=other.images.name) for other in others]
-    return pd.concat(parts, ignore_index=True)[["image", "list", "other"]]
+    other: Scan,
+) -> pd.DataFrame:  # image, other: pairs with the same pixels
+    "Images of a list that are in another, pixel for pixel."
+    theirs = other.rows[["image", "digest"]].rename(columns={"image": "other"})
+    return one.rows[["image", "digest"]].merge(theirs, on="digest")[["image", "other"]]

@@ -219,16 +219,18 @@ def scan(
     "Look at all images of a list; raises what `load_extractor` raises."
     extractors, folder, paths = load_extractors(places, device), Path(folder), images.rows.path.tolist()
     keys = {name: fingerprint(extractor) for name, extractor in extractors.items()}
-    chunks = [Chunk(i // at_once, tuple(paths[i : i + at_once]), folder, size, keys) for i in range(0, len(paths), at_once)]
+    starts = range(0, len(paths), at_once)
+    chunks = [Chunk(i // at_once, tuple(paths[i : i + at_once]), folder, size, keys) for i in starts]
     scan_chunks(chunks, extractors, places, images.name, processes, device)
-    seen = [load_file(chunk.file("seen")) for chunk in chunks]
-    readable, facts, digests = (torch.cat([one[kind] for one in seen]).numpy() for kind in ("readable", "facts", "digest"))
+    def of_all(kind): return torch.cat([load_file(chunk.file("seen"))[kind] for chunk in chunks]).numpy()
+    readable, facts, digests = map(of_all, ("readable", "facts", "digest"))
     rows = images.rows[readable].assign(**dict(zip(FACTS, facts.T)), digest=[bytes(one).hex() for one in digests])
     broken = images.rows[~readable]
     problems = image_problems([Path(path) for path in broken.path]) if len(broken) else []
-    unreadable = broken[["image"]].assign(problem=[problem.removeprefix(f"{path}: ") for path, problem in zip(broken.path, problems)])
+    problems = [problem.removeprefix(f"{path}: ") for path, problem in zip(broken.path, problems)]
     def disk(name, width, part): return _on_disk(folder / f"{slug(name)}.npy", map(part, chunks), len(rows), width)
-    pixels = disk("pixels", THUMBNAIL**2, lambda chunk: pixel_vectors(load_file(chunk.file("seen"))["thumbnail"].numpy()))
-    given = {name: disk(name, width, lambda chunk: load_file(chunk.file(f"features {name}"))["features"].numpy())
-             for name, (_, width) in keys.items()}
-    return Scan(images, rows, unreadable, {"pixels": pixels} | given)
+    def vectors(chunk): return pixel_vectors(load_file(chunk.file("seen"))["thumbnail"].numpy())
+    pixels = disk("pixels", THUMBNAIL**2, vectors)
+    def features_of(name): return lambda chunk: load_file(chunk.file(f"features {name}"))["features"].numpy()
+    given = {name: disk(name, width, features_of(name)) for name, (_, width) in keys.items()}
+    return Scan(images, rows, broken[["image"]].assign(problem=problems), {"pixels": pixels} | given)
