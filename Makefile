@@ -80,7 +80,7 @@ readme: $(READY)
 	rm .partial-README.md
 
 lock: $(READY)  ## resolve requirements.lock anew from settings.ini
-	$(BIN)/uv pip compile --quiet --universal --generate-hashes --no-header --python-version 3.11 --extra dev setup.py -o requirements.lock
+	$(BIN)/uv pip compile --quiet --universal --generate-hashes --no-header --python-version 3.11 --extra dev --extra real setup.py -o requirements.lock
 
 clean:  ## remove the environment; results stay
 	rm -rf $(VENV) .snakemake

@@ -48,7 +48,7 @@ setup(
     cmdclass={"build_py": BuildWithNotebooks},
     python_requires=f">={low},<3.{minors[-1] + 1}",
     install_requires=lines("requirements"),
-    extras_require={"dev": lines("dev_requirements")},
+    extras_require={name: lines(f"{name}_requirements") for name in ("real", "dev")},
     entry_points={"console_scripts": lines("console_scripts")},
     zip_safe=False,
 )

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SCORE_COLUMNS', 'few_shot_draws', 'few_shot_of_size', 'saved_along', 'drawn_by', 'scores_of', 'over_runs', 'beyond',
-           'scores_by_k']
+           'spread_sentences', 'scores_by_k']
 
 # %% ../nbs/E_ablations.ipynb #d8ad11f3
 import json
@@ -25,7 +25,7 @@ from .classification import effusion_scores
 from .cohorts import only_finding
 from .few_shot import CONCEPTS, few_shot_candidates
 from .generation import bounded
-from .intervals import group_mean_intervals, jackknife, mean_of_splits
+from .intervals import group_mean_intervals, jackknife
 from .judges import features, probabilities
 from .metrics import frechet_distance
 from .stable_diffusion import load_pipeline, sample
@@ -34,6 +34,7 @@ from .trained_variants import RECORD_FILE, check_record, made_key, read_record, 
 from .training import LOG, TrainingSettings, settings_record
 from .unet_finetuning import Variant, finetune, finetuning_record, open_finetuned, training_samples
 from .unet_finetuning import write_finetuned
+from .values import listed
 
 # %% ../nbs/E_ablations.ipynb #507181f2
 def few_shot_draws(
@@ -185,6 +186,22 @@ def beyond(
     "Settings whose interval lies wholly outside the range of trainings with the report's settings."
     low, high = runs.measured.min(), runs.measured.max()
     return pd.Series(np.select([rows.ci_low > high, rows.ci_high < low], ["above", "below"], ""), rows.index)
+
+# %% ../nbs/E_ablations.ipynb #f325caba
+def spread_sentences(
+    runs: dict[str, dict],  # "variant | score" -> mean, lowest, highest, n of its trainings
+    higher: dict[str, str],  # score -> the variant that is higher in every training; empty: neither
+) -> list[str]:
+    "What other trainings with the same settings give."
+    by_variant, same = {}, [score for score, variant in higher.items() if not variant]
+    for name, one in runs.items():
+        variant, _, score = name.partition(" | ")
+        spread = f"{score} {one['mean']:.2f} ({one['lowest']:.2f} to {one['highest']:.2f})"
+        by_variant.setdefault((variant, one["n"]), []).append(spread)
+    says = [f"U-Net, {variant}, mean of {n} trainings (lowest to highest): {'; '.join(spreads)}."
+            for (variant, n), spreads in by_variant.items()]
+    says += [f"{score} is higher in every training for {variant}." for score, variant in higher.items() if variant]
+    return says + [f"No variant is higher in every training by {listed(same)}."] * bool(same)
 
 # %% ../nbs/E_ablations.ipynb #38285b76
 def scores_by_k(

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STATISTICS', 'LABEL_TARGETS', 'LABEL_POLICY', 'COLUMNS', 'latent_seeds', 'reconstruct', 'pair_measures',
            'read_text_boxes', 'boxes_at', 'mirrored', 'text_measures', 'reconstruct_all', 'statistics_table',
-           'label_rows', 'classification_table', 'distances_across_patients']
+           'label_rows', 'classification_table', 'distances_across_patients', 'reconstructed_sentence']
 
 # %% ../nbs/23_autoencoder.ipynb #9e6407fb
 import json
@@ -24,6 +24,7 @@ from .metrics import box_means, disjoint_halves, frechet_distance, psnr, rmse, s
 from .stable_diffusion import decode, draw_latents, encode, gray, to_bytes
 from .tables import TABLE_COLUMNS
 from .results_tables import beside_published
+from .values import listed
 
 # %% ../nbs/23_autoencoder.ipynb #72d84f10
 def latent_seeds(
@@ -243,3 +244,18 @@ def distances_across_patients(
     halves = [disjoint_halves(units, (n, n), rng) for _ in range(draws)]
     against = lambda other: np.array([frechet_distance(originals[i], other[j]) for i, j in halves])
     return against(originals), against(reconstructions), n
+
+# %% ../nbs/23_autoencoder.ipynb #bb9952d7
+def reconstructed_sentence(
+    images: dict[str, int],  # source -> number of images
+    sizes: Sequence[int],  # pixels a side
+    latent_channels: int,
+    judges: Sequence[str],
+) -> str:
+    "What was encoded and decoded, and by whom it was judged (§2.3)."
+    counts = listed(f"{n} of {source}" for source, n in images.items())
+    return (
+        f"Images encoded and decoded: {counts}, at {listed(map(str, sizes))} pixels a side; latents have "
+        f"{latent_channels} "
+        f"channels. Judges: {listed(judges)}."
+    )

@@ -74,11 +74,8 @@ def peak_ratio(
     return 20 * math.log10(2048 / rmse)
 
 # %% ../nbs/09_cells.ipynb #8dab89fc
-def _long(
-    name: str,  # of a printed table
-    row: str,  # its column that names rows
-) -> pd.DataFrame:  # row, column, published
-    "A printed table in long form."
+def _long(name: str, row: str) -> pd.DataFrame:
+    "A printed table as row, column and published; `row` is its column that names rows."
     return published(name).rename(columns={row: "row"}).melt("row", var_name="column", value_name="published")
 
 # %% ../nbs/09_cells.ipynb #63008f0d
@@ -145,7 +142,9 @@ def check_stand_ins(
     "Raise ValueError for an encoder that Table 2 does not have."
     for name, stand_in in stand_ins.items():
         if not stand_in or name not in set(published("table_2").encoder):
-            raise ValueError(f"stand_ins: '{name}: {stand_in}': write an encoder of the paper's Table 2: one of this run's")
+            raise ValueError(
+                f"stand_ins: '{name}: {stand_in}': write an encoder of the paper's Table 2: one of this run's"
+            )
 
 # %% ../nbs/09_cells.ipynb #7c81e0cb
 def with_stand_ins(
@@ -169,7 +168,9 @@ def generation_cells(
 ) -> dict:  # (table, row, column) -> Estimate
     "Table 4 and the further measures of generated images (§3.4)."
     rows = extended[extended.measure.isin(EXTENDED) & extended.extractor.isin([extractor, "pixels"])]
-    rows = rows.assign(row=[strategy(*pair) for pair in zip(rows.method, rows.variant)], column=rows.prompt.map(PROMPTS))
+    rows = rows.assign(
+        row=[strategy(*pair) for pair in zip(rows.method, rows.variant)], column=rows.prompt.map(PROMPTS)
+    )
     cells = {}
     for measure, group in rows.dropna(subset="column").groupby("measure", sort=False):
         cells |= frame_cells(EXTENDED[measure], group)
@@ -183,7 +184,8 @@ def text_cells(
 ) -> dict:  # (table, row, column) -> Estimate
     "Tables 2 and 3 with chance; raises ValueError for a stand-in of an encoder that was measured itself."
     check_stand_ins(stand_ins)
-    names, measured = {stand_in: name for name, stand_in in stand_ins.items()}, set(table_2.dropna(subset="measured").row)
+    names = {stand_in: name for name, stand_in in stand_ins.items()}
+    measured = set(table_2.dropna(subset="measured").row)
     if twice := [stand_in for stand_in, name in names.items() if {stand_in, name} <= measured]:
         raise ValueError(f"stand_ins: this run has {names[twice[0]]} and {twice[0]}; take the line out")
     cells = best_cells(frame_cells("table_2", table_2)) | frame_cells("table_3", table_3)

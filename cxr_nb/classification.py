@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['KEYS', 'SCORE_COLUMNS', 'METHODS', 'CANNOT_TELL', 'generated_images', 'real_images', 'read_images', 'sampling_units',
-           'exact_notes', 'effusion_scores', 'row_name', 'table_5', 'judge_differences', 'blind_judge']
+           'exact_notes', 'effusion_scores', 'row_name', 'table_5', 'judge_differences', 'blind_judge',
+           'scored_sentence']
 
 # %% ../nbs/28_classification.ipynb #b999e64f
 from collections.abc import Sequence
@@ -22,6 +23,7 @@ from .metrics import classification_scores
 from .places import slug
 from .tables import TABLE_COLUMNS
 from .results_tables import beside_published
+from .values import listed
 
 # %% ../nbs/28_classification.ipynb #7256f019
 KEYS = ["method", "variant", "prompt", "image"]  # what an image is known by; the prompt shortened as its folder is
@@ -192,3 +194,16 @@ def blind_judge(
     if low > 0.5: return ""
     ends = "without an interval" if np.isnan(low) else f"[{low:.2f}, {high:.2f}]"
     return f"{CANNOT_TELL}: {judge} tells real effusions from real normals with AUC {value:.2f} {ends}"
+
+# %% ../nbs/28_classification.ipynb #3e5e44b0
+def scored_sentence(
+    sets: list[dict],  # method, n
+    judges: Sequence[str],
+    source: str,  # of real images; empty: none
+    threshold: float,  # an image is called positive at this probability and above
+) -> str:
+    "How many images were scored, and by whom (§2.8)."
+    generated = [one["n"] for one in sets if one["method"] not in ("real", "few_shot")]
+    real = sum(one["n"] for one in sets if one["method"] == "real")
+    images = f"{sum(generated):,} generated images in {len(generated)} sets and {real:,} real ones ({source or 'none'})"
+    return f"{listed(judges)} scored {images}; an image is called positive at a probability of {threshold:g} and above."

@@ -14,8 +14,8 @@ from .places import PACKAGE, repo_root
 
 # %% ../nbs/00_commits.ipynb #5e1a0801
 _OF_ONE_REPOSITORY = {
-    "GIT_DIR", "GIT_WORK_TREE", "GIT_COMMON_DIR", "GIT_INDEX_FILE", "GIT_OBJECT_DIRECTORY", "GIT_NAMESPACE", "GIT_PREFIX",
-    "GIT_CEILING_DIRECTORIES",
+    "GIT_DIR", "GIT_WORK_TREE", "GIT_COMMON_DIR", "GIT_INDEX_FILE", "GIT_OBJECT_DIRECTORY", "GIT_NAMESPACE",
+    "GIT_PREFIX", "GIT_CEILING_DIRECTORIES",
 }
 GIT_WAIT = 60  # seconds
 
@@ -27,13 +27,15 @@ def _git(
 ) -> subprocess.CompletedProcess:
     "Run git in a folder; raises FileNotFoundError where it is not installed, TimeoutExpired where it does not answer."
     environment = {k: v for k, v in os.environ.items() if as_set or k not in _OF_ONE_REPOSITORY}
-    # a results folder on a disk of its own is still a part of the repository it is mounted in
+    # a results folder on another disk is still a part of the repository it is mounted in
     environment |= {"GIT_DISCOVERY_ACROSS_FILESYSTEM": "1", "LC_ALL": "C"}
-    return subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True, env=environment, timeout=GIT_WAIT)
+    return subprocess.run(
+        ["git", "-C", str(folder), *words], capture_output=True, text=True, env=environment, timeout=GIT_WAIT
+    )
 
 # %% ../nbs/00_commits.ipynb #c85895bd
 def git_commit() -> str | None:
-    "The commit that last changed the code, with `-dirty` where tracked code differs from it; None outside of a checkout."
+    "The commit that last changed the code, `-dirty` where tracked code differs from it; None outside of a checkout."
     root, code = repo_root(), ["--", ".", ":!outputs", ":!README.md"]
     if not (root / "nbs" / "profiles").is_dir(): return None
     try: commit = _git(root, "log", "-1", "--format=%H", *code).stdout.strip()
@@ -43,10 +45,7 @@ def git_commit() -> str | None:
     return commit + ("-dirty" if dirty else "")
 
 # %% ../nbs/00_commits.ipynb #6ea6f3c1
-def _tracked_at(
-    place: Path,  # of a file, there or not
-    as_set: bool,  # with the repository that the environment names
-) -> bool:
+def _tracked_at(place: Path, as_set: bool) -> bool:
     "Whether git would track a file where it really lies; raises RuntimeError where git does not tell."
     unknown = f"{place}: git does not tell whether it would track this"
     mend = "mend that, or set CXR_NB_OUTPUTS to a folder outside of any git repository"
@@ -76,9 +75,7 @@ def git_would_track(
 _OURS = "cxr_nb", "nbs", "outputs"  # folders of the project whose files may be named in a commit
 
 # %% ../nbs/00_commits.ipynb #1689997c
-def _is_beside(
-    text: str,  # a path, or any other text
-) -> bool:
+def _is_beside(text: str) -> bool:
     "Whether a text names something that does not come with the project."
     if not text or "\0" in text: return False
     if os.path.isabs(text) or os.path.normpath(text).startswith(".."): return True
@@ -87,9 +84,7 @@ def _is_beside(
     return any(not any(Path(place).is_relative_to(folder) for folder in ours) for place in places)
 
 # %% ../nbs/00_commits.ipynb #4d88f964
-def _texts(
-    value: object,  # of a parameter
-) -> list[str]:
+def _texts(value: object) -> list[str]:
     "All texts in a value, but the keys of dicts."
     if isinstance(value, dict): value = list(value.values())
     if isinstance(value, list): return [text for one in value for text in _texts(one)]
@@ -99,5 +94,5 @@ def _texts(
 def places_beside(
     parameters: dict,  # of a notebook
 ) -> list[str]:  # names of parameters
-    "Parameters that name a place of somebody's own."
+    "Parameters that name a place outside the project."
     return [name for name, value in parameters.items() if any(map(_is_beside, _texts(value)))]

@@ -6,7 +6,7 @@
 __all__ = ['SET', 'CLOSE', 'MARKERS', 'Comparison', 'split_real', 'compare_sets', 'set_rows', 'measured_rows', 'feature_rows',
            'diversity_rows', 'pixel_rows', 'measure_table', 'extended_table', 'nearest_table', 'rank_table', 'best_set',
            'sets_above', 'by_set', 'draw_image', 'draw_samples', 'draw_originals_and_synthetic', 'draw_nearest',
-           'draw_panel', 'draw_measures']
+           'draw_panel', 'draw_measures', 'nearest_sentences', 'rule_sentence']
 
 # %% ../nbs/30_comparison.ipynb #b3de2507
 from collections.abc import Callable, Mapping, Sequence
@@ -29,6 +29,7 @@ from .intervals import jackknife, percentile_interval
 from .metrics import disjoint_halves
 from .prompts import prompt_finding
 from .tables import TABLE_COLUMNS
+from .values import listed
 
 # %% ../nbs/30_comparison.ipynb #1b40cd54
 SET = KEYS[:3]
@@ -80,7 +81,9 @@ def compare_sets(
     if set(real) != set(CONCEPTS) or not len(training):
         raise ValueError("there is nothing to compare with: run 28_classification with a source of real images")
     if shared := set(units[training]) & set(units[np.concatenate([*real.values()])]):
-        raise ValueError(f"patient {min(shared)} is in the training images and the real ones; run 28_classification again")
+        raise ValueError(
+            f"patient {min(shared)} is in the training images and the real ones; run 28_classification again"
+        )
     drawn = dict.fromkeys(key[2] for key in generated)
     finding_of = {prompt: prompt_finding(texts[prompt], findings) for prompt in drawn}
     sizes = [(finding_of[key[2]], len(at)) for key, at in generated.items()]
@@ -89,7 +92,9 @@ def compare_sets(
     source = next(key[1] for key in where if key[0] == "real")
     compared = {("real", source, prompt): control[finding_of[prompt]] for prompt in prompts}
     compared |= {key: at[: len(control[finding_of[key[2]]])] for key, at in generated.items()}
-    return Comparison(images, units, source, training, real, generated, finding_of, control, reference, prompts, compared)
+    return Comparison(
+        images, units, source, training, real, generated, finding_of, control, reference, prompts, compared
+    )
 
 # %% ../nbs/30_comparison.ipynb #cc7fb041
 def set_rows(
@@ -190,7 +195,7 @@ def pixel_rows(
 # %% ../nbs/30_comparison.ipynb #ace7c9e7
 def measure_table(
     rows: pd.DataFrame,  # of one measure on one extractor, or in pixels
-    cells: pd.DataFrame,  # as `printed_cells` gives them
+    cells: pd.DataFrame,  # as `table_4_cells` gives them
     **seen,  # further columns: what the extractor was shown
 ) -> pd.DataFrame:  # as `beside_printed` gives it
     "Table 4 for one measure; only the Fréchet distance has published values."
@@ -238,7 +243,12 @@ def rank_table(
         pairs |= {f"{a} and {b}": (wide[a], wide[b]) for a, b in combinations(wide, 2)}
         for name, pair in pairs.items():
             agreement = rank_agreement(*pair, seed=seed)
-            rows.append({"row": prompt, "column": name, "measured": agreement["spearman"], "n": agreement["n"], "p": agreement["p"]})
+            rows.append(
+                {
+                    "row": prompt, "column": name, "measured": agreement["spearman"], "n": agreement["n"],
+                    "p": agreement["p"],
+                }
+            )
     return pd.DataFrame(rows).reindex(columns=[*TABLE_COLUMNS, "p"])
 
 # %% ../nbs/30_comparison.ipynb #e0ca3b52
@@ -261,7 +271,10 @@ def sets_above(
     rows = table[(table.measure == measure) & (table.extractor == "pixels") & (table.method != "real")]
     rows = rows.dropna(subset="ci_low")
     above = rows[rows.ci_low > limit]
-    return {"sets": len(rows), "above": len(above), "named": [f"{row} ({asked})" for row, asked in zip(above.row, above.asked)]}
+    return {
+        "sets": len(rows), "above": len(above),
+        "named": [f"{row} ({asked})" for row, asked in zip(above.row, above.asked)],
+    }
 
 # %% ../nbs/30_comparison.ipynb #b10628e7
 def by_set(
@@ -350,7 +363,8 @@ def draw_nearest(
     wide = sum(len(at) for at in closest.values())
     figure, axes = plt.subplots(2, wide, figsize=(wide, 2), gridspec_kw=CLOSE, squeeze=False)
     for ax in axes.flat: ax.axis("off")
-    for ax, text in zip(axes[:, 0], ("image", "nearest\ntraining image")): _label(ax, -0.08, 0.5, text, ha="right", va="center")
+    for ax, text in zip(axes[:, 0], ("image", "nearest\ntraining image")):
+        _label(ax, -0.08, 0.5, text, ha="right", va="center")
     place = 0
     for title, positions in closest.items():
         axes[0, place].set_title(title, fontsize=7, loc="left", pad=14)
@@ -395,7 +409,10 @@ def draw_measures(
     import matplotlib.pyplot as plt
     panels = [(name, extractor, label) for name, label in (("frechet", "Fréchet distance"), ("precision", "precision"),
                                                            ("coverage", "coverage"), ("recall", "recall"))]
-    panels += [("ms_ssim", "pixels", "MS-SSIM of two images"), ("nearer", "pixels", "P(nearer to training images, in pixels)")]
+    panels += [
+        ("ms_ssim", "pixels", "MS-SSIM of two images"),
+        ("nearer", "pixels", "P(nearer to training images, in pixels)"),
+    ]
     figure, axes = plt.subplots(2, 3, figsize=(12, 0.56 * len(lines) + 2), sharey=True, layout="constrained")
     for ax, (measure, space, label) in zip(axes.flat, panels):
         rows = table[(table.measure == measure) & (table.extractor == space)]
@@ -405,3 +422,36 @@ def draw_measures(
     look = {"fontsize": 8, "title_fontsize": 9, "frameon": False, "title": title}
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper left", ncols=len(columns), **look)
     return figure
+
+# %% ../nbs/30_comparison.ipynb #8097ca56
+def nearest_sentences(
+    winners: dict[str, dict[str, dict]],  # prompt -> extractor -> as `best_set` gives it
+    extractor: str,  # of Table 4
+) -> list[str]:
+    "The strategy with the lowest Fréchet distance, by prompt (§3.4)."
+    sentences = []
+    for prompt, by_extractor in winners.items():
+        one = by_extractor[extractor]
+        others = {name: other["best"] for name, other in by_extractor.items() if other["best"] != one["best"]}
+        clear = "clear" if one["clear"] else "not clear"
+        agree = (
+            f"by {listed(f'{name} it is {best}' for name, best in others.items())}"
+            if others
+            else "all extractors name it"
+        )
+        sentences.append(
+            f"“{prompt}”: {one['best']} has the lowest Fréchet distance on {extractor}, {one['measured']:.3g} "
+            f"({clear} of all "
+            f"other methods; real images have {one['floor']:.3g}); {agree}."
+        )
+    return sentences
+
+# %% ../nbs/30_comparison.ipynb #43a6e64d
+def rule_sentence(
+    what: str,  # what sets do above the limit, e.g. "copy"
+    counted: dict,  # as `sets_above` gives it
+) -> str:
+    "How many sets a rule holds for."
+    if not counted["sets"]: return f"Whether sets {what} is not testable here: they are too small for an interval."
+    chance = 0.025 * counted["sets"]
+    return f"{counted['above']} of {counted['sets']} sets {what} by the rule; about {chance:.1f} would by chance."

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FILES', 'DATA', 'PAPER_DATA', 'MINIATURE', 'PHANTOMS', 'VERDICTS', 'UNTESTABLE', 'JUDGED', 'rests_on', 'world_of',
-           'printed_figures', 'printed_check', 'blind_tables', 'verdict']
+           'printed_figures', 'printed_check', 'blind_tables', 'verdict', 'claim_sentences']
 
 # %% ../nbs/40_discussion.ipynb #7ab9dbef
 import json
@@ -14,8 +14,9 @@ from types import MappingProxyType
 
 from .cells import EXTENDED
 from .classification import blind_judge
-from .graph import Graph, graph
+from .graph import Graph
 from .rules import REFERENCE, Estimate, decide, references
+from .values import listed
 
 # %% ../nbs/40_discussion.ipynb #401e9674
 FILES = {  # name in rules -> the table that holds it, where the two differ
@@ -98,22 +99,15 @@ def blind_tables(
     return reasons
 
 # %% ../nbs/40_discussion.ipynb #9f30a670
-def _cell_text(
-    name: str,  # "table[row | column]"
-    number: Estimate,
-) -> str:
-    "A cell with its number, interval and n."
+def _cell_text(name: str, number: Estimate) -> str:
+    "A cell, named table[row | column], with its number, interval and n."
     table, row, column = REFERENCE.fullmatch(name).groups()
     interval = f" [{number.low:.3g}, {number.high:.3g}]" if number.high - number.low > 1e-9 else ""
     return f"{row}, {column}: {number.value:.3g}{interval}" + (f" (n={number.n})" if number.n else "")
 
 # %% ../nbs/40_discussion.ipynb #4fb0f208
-def _elsewhere(
-    rule: str,
-    cells: dict,  # (table, row, column) -> Estimate
-    others: dict[str, dict],  # name -> cells in the place of these
-) -> str:  # "judge_b: holds; Phantom reports: fails"
-    "The answers of all others that have a cell of the rule's tables."
+def _elsewhere(rule: str, cells: dict, others: dict[str, dict]) -> str:
+    "What all others that have a cell of the rule's tables answer: judge_b: holds; Phantom reports: fails."
     tables, states = {table for table, _, _ in references(rule)}, {}
     for name, other in others.items():
         replaced = {table for table, _, _ in other}
@@ -160,3 +154,28 @@ def verdict(
     measured = "; ".join(_cell_text(name, cells[REFERENCE.fullmatch(name).groups()]) for name in named)
     return {"measured": measured, "world": world, "verdict": VERDICTS[state == "holds"][world], "outcome": state,
             "reason": "; ".join(why), "elsewhere": _elsewhere(rule, cells, others)}
+
+# %% ../nbs/40_discussion.ipynb #076982eb
+def claim_sentences(
+    table: "pd.DataFrame",  # id, verdict, outcome, printed, split, reason: a row per claim
+    blind: Iterable[str],  # why a judge's scores are no test
+) -> list[str]:
+    "How many claims have which verdict, and what the verdicts depend on."
+    def ids(rows): return listed(rows.id)
+    counts, tested = table.verdict.value_counts(), table.verdict != UNTESTABLE
+    seen, undecided = table.outcome == "holds", table[table.outcome == "undecided"]
+    both = table[tested & (table.printed != "")]
+    differ = both[(both.printed == "holds") != (both.outcome == "holds")]
+    split, untestable = table[table.split], {why: (table.reason == why).sum() for why in dict.fromkeys(blind)}
+    return [
+        f"Claims: {listed(f'{n} {verdict}' for verdict, n in counts.items())}; {len(table)} in all.",
+        f"Claims seen: {seen.sum()} of the {tested.sum()} that could be tested. Undecided, because an interval "
+        "leaves room for "
+        f"both answers: {len(undecided)} of the others ({ids(undecided)}).",
+        f"The paper's printed numbers and this run give the same answer to {len(both) - len(differ)} of the "
+        f"{len(both)} rules "
+        f"that apply to both; they differ on {ids(differ)}.",
+        f"Claims to which another judge, extractor or set of reports gives another answer: {len(split)} "
+        f"({ids(split)}).",
+        *(f"Not testable here: {n} of the claims, for {why}." for why, n in untestable.items() if n),
+    ]

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COMPARISONS', 'MARKS', 'gap_scores', 'gap_verdict', 'unit_folds', 'realness', 'domain_scores', 'domain_floor',
-           'reconstruction_domain', 'domain_table', 'draw_aucs', 'draw_gap']
+           'reconstruction_domain', 'domain_table', 'draw_aucs', 'draw_gap', 'domain_sentences']
 
 # %% ../nbs/29_domain_gap.ipynb #fcd40beb
 from collections.abc import Sequence
@@ -16,6 +16,8 @@ from tqdm.auto import tqdm
 from .classification import CANNOT_TELL, exact_notes, sampling_units
 from .intervals import mean_of_splits, score_intervals
 from .metrics import classification_scores
+from .tables import with_interval
+from .values import listed
 
 # %% ../nbs/29_domain_gap.ipynb #a01c932e
 COMPARISONS = {  # name -> kind of the negatives and of the positives, and which of its two sets
@@ -55,7 +57,7 @@ def gap_scores(
 def gap_verdict(
     scores: pd.DataFrame,  # as `gap_scores` gives them
 ) -> str:  # CANNOT_TELL, "not told apart", "reversed", "the finding", "may be the domain gap"
-    "What an AUC between generated images measures, by a rule over intervals; `real` comes first, where it was measured."
+    "What an AUC between generated images measures, by a rule over intervals; `real` comes first where it was measured."
     at = scores.set_index("column")
     if "real" in at.index and not at.ci_low["real"] > 0.5: return CANNOT_TELL
     if at.ci_high["generated"] < 0.5: return "reversed"
@@ -111,7 +113,7 @@ def domain_scores(
 ) -> pd.DataFrame:  # column, measured (AUC), ci_low, ci_high, n, note
     """AUCs of a domain classifier for all images, negatives and positives, and of realness between the prompts.
 
-    In the first three above one half where generated images are told from real
+    The first three are above one half where generated images differ from real
     ones. Intervals resample patients and noise, with the regressions as fitted.
     """
     real, asked = (rows.method == "real").to_numpy(int), rows.prompt.isin(positive).to_numpy(int)
@@ -148,7 +150,7 @@ def reconstruction_domain(
     draws: int = 2000,  # bootstrap samples
     seed: int = 0,  # of folds and resampling
 ) -> dict:  # measured (AUC), n, ci_low, ci_high
-    "How well reconstructions are told from their originals."
+    "The AUC of a domain classifier of reconstructions against their originals."
     x, n = np.concatenate([original, reconstruction]), len(original)
     is_real, units = np.repeat([1, 0], n), np.tile(np.asarray(patients, str), 2)
     score = 1 - realness(x, is_real, np.zeros(2 * n), units, seed)
@@ -217,3 +219,23 @@ def draw_gap(
     for ax, floor in zip(axes[0, judges:], domain[domain.row == "real halves"].itertuples()):
         ax.axvspan(floor.ci_low, floor.ci_high, color="0.85", lw=0, zorder=0)
     return figure
+
+# %% ../nbs/29_domain_gap.ipynb #93bdd4a8
+def domain_sentences(
+    table: pd.DataFrame,  # row, column, measured, ci_low, ci_high, measured_by; verdict in the rows of judges
+    judge: str,
+    best: str,  # the row that the verdict is on
+    beside: Sequence[str] = (),  # rows that it is compared with
+) -> list[str]:
+    "What a judge's AUC of a variant measures (§3.5)."
+    rows = [best, *beside]
+    table = table[(table.measured_by == judge) & table.row.isin(rows)].set_index(["row", "column"])
+    def aucs(column):
+        at = {row: table.loc[(row, column)] for row in rows if (row, column) in table.index}
+        return listed([f"{with_interval(one.measured, one.ci_low, one.ci_high)} ({row})" for row, one in at.items()])
+    return [
+        f"By the rule on real images, the verdict on {best} by {judge} is “{table.verdict[best, 'generated']}”.",
+        f"Images asked to show no effusion score above real normals before {judge} with AUC {aucs('normals')}, and a "
+        f"classifier separates real from generated images on features of {judge} with AUC {aucs('domain')}. "
+        "At 0.5 there is no difference; near 1, the judge may react to how unreal a picture is.",
+    ]

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NEAREST_COLUMNS', 'EXTRACTORS', 'JUDGES', 'IMAGE_TEXT', 'Requirement', 'read_requirement', 'check_requirement',
            'Step', 'groups_of', 'distance_steps', 'training_steps', 'prompt_steps', 'same_row', 'take_steps', 'measure',
-           'read_lists', 'evaluate', 'evaluate_parser', 'summary', 'evaluate_or_exit']
+           'installed_extractors', 'read_lists', 'evaluate', 'evaluate_parser', 'summary', 'evaluate_or_exit']
 
 # %% ../nbs/32_evaluation.ipynb #6725043a
 import operator
@@ -22,6 +22,7 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from .alignment import judge_rows, label_by_prompts, own_prompt_rows, text_rows
+from .checkpoints import package_record
 from .commits import git_commit
 from .core import versions
 from .evaluation_page import Evaluation, evaluation_page, verdict_views
@@ -31,7 +32,7 @@ from .image_scan import Scan, load_extractors, scan
 from .image_text import ImageText, load_image_text
 from .intervals import share_interval
 from .judges import load_classifier
-from .places import written_whole
+from .places import lacking_package, written_whole
 from .processes import make_writable, one_writer
 from .utility import utility_rows
 from .values import json_text
@@ -215,9 +216,19 @@ def measure(
     return rows, nearest, [*_left_out(fake, real, training), *missing]
 
 # %% ../nbs/32_evaluation.ipynb #068ed02c
-EXTRACTORS = ["cxr_nb/miniature/image_tower", "cxr_nb/miniature/classifiers/judge_a"]
+EXTRACTORS = ["efficientnet-lite0", "cxr_nb/miniature/classifiers/judge_a"]
 JUDGES = ["cxr_nb/miniature/classifiers/judge_a", "cxr_nb/miniature/classifiers/judge_b"]
 IMAGE_TEXT = "cxr_nb/miniature"
+
+# %% ../nbs/32_evaluation.ipynb #81d6d5ba
+def installed_extractors(
+    places: Sequence[str],  # as `load_extractor` takes them
+) -> tuple[list[str], list[str]]:  # places; what is left out and why
+    "Extractors whose packages are installed; raises ValueError where none is left."
+    lacking = {place: why for place in places if (why := lacking_package(place))}
+    kept = [place for place in places if place not in lacking]
+    if not kept: raise ValueError("extractors: " + ("; ".join(lacking.values()) or "name one"))
+    return kept, [f"anything on the features of {place}: {why}" for place, why in lacking.items()]
 
 # %% ../nbs/32_evaluation.ipynb #d88bfc3d
 def read_lists(
@@ -263,6 +274,7 @@ def _written(result, folder):
 # %% ../nbs/32_evaluation.ipynb #9b4dd510
 def _evaluated(lists, extractors, judges, image_text, kept, size, processes, device, sampling):
     "All that is measured of lists."
+    extractors, absent = installed_extractors(extractors)
     places = [*extractors, *(f"judge={place}" for place in judges), *[f"image-text={image_text}"] * bool(image_text)]
     scans = _checked([scan(one, places, kept / one.name, size, processes, device) for one in lists])
     faults = {one.images.name: list_faults(one) for one in scans}
@@ -271,12 +283,12 @@ def _evaluated(lists, extractors, judges, image_text, kept, size, processes, dev
     targets = {name: load_classifier(place).targets for name, place in zip(list(loaded)[len(extractors) :], judges)}
     rows, nearest, missing = measure(scans, names, targets, model, sampling)
     models = [{"name": name, "place": str(place), "features": scans[0].features[name].shape[1], "resize": one.resize}
-              for place, (name, one) in zip(places, loaded.items())]
+              | package_record(place) for place, (name, one) in zip(places, loaded.items())]
     made_by = {name: version for name, version in versions().items() if name in ("python", "numpy", "torch")}
     settings = {"size": size, **asdict(sampling), "commit": git_commit(), "versions": made_by}
     shares = {one.images.name: fault_shares(one, faults[one.images.name]) for one in scans}
     listed = pd.concat(faults.values(), ignore_index=True)
-    return Evaluation(scans, rows, listed, shares, nearest, models, settings, missing)
+    return Evaluation(scans, rows, listed, shares, nearest, models, settings, [*absent, *missing])
 
 # %% ../nbs/32_evaluation.ipynb #3d012189
 def evaluate(

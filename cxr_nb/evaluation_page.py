@@ -34,7 +34,7 @@ class Evaluation:
     faults: pd.DataFrame  # FAULT_COLUMNS
     shares: dict[str, pd.DataFrame]  # list -> as `fault_shares` gives them
     nearest: pd.DataFrame  # image, extractor, nearest, distance, copy; empty without training images
-    extractors: list[dict]  # name, place, features, resize
+    extractors: list[dict]  # name, place, features, resize; package, licence where it comes in one
     settings: dict  # size, blocks, splits, most, seed, commit, versions
     not_measured: list[str] = field(default_factory=list)  # what and why, sentences without full stops
     unmet: list[str] = field(default_factory=list)  # requirements that do not hold, in words

@@ -11,7 +11,7 @@ from functools import partial
 import numpy as np
 from scipy.ndimage import gaussian_filter
 
-from .anatomy import Finding, Scene, ellipsoid, rod, step, wander
+from .anatomy import Scene, ellipsoid, rod, step, wander
 
 # %% ../nbs/02_findings.ipynb #2ade1187
 def _effusion(scene, f, rng):

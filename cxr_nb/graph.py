@@ -14,7 +14,7 @@ from fnmatch import fnmatchcase
 from graphlib import CycleError, TopologicalSorter
 from pathlib import PurePath
 
-from .places import slug
+from .places import lacking_package, model_name, slug
 from .profiles import left_out_by, resolve_all, resolve_parameters, tagged_cells
 from .values import in_one_line
 
@@ -34,10 +34,10 @@ def sheets(
 
 # %% ../nbs/00_graph.ipynb #2d7af173
 def model_slug(
-    place: str,  # of a checkpoint: a folder, a name, a hub id
+    place: str,  # of a checkpoint: a folder, a name, a hub id, a package
 ) -> str:
     "What names the files of a model."
-    return slug(PurePath(place).name)
+    return slug(model_name(place))
 
 # %% ../nbs/00_graph.ipynb #621b2a46
 def setting(
@@ -97,7 +97,7 @@ class Files:
 def _is_list_of_text(value): return isinstance(value, list) and all(isinstance(one, str) for one in value)
 
 # %% ../nbs/00_graph.ipynb #e40291dc
-HELPERS = {one.__name__: one for one in (slug, figures, sheets, model_slug, matching, stars, setting)}
+HELPERS = {one.__name__: one for one in (slug, lacking_package, figures, sheets, model_slug, matching, stars, setting)}
 
 # %% ../nbs/00_graph.ipynb #65fe54a4
 def declared_files(
@@ -210,11 +210,11 @@ class Graph:
         file: str,  # path below outputs/<profile>
     ) -> list[str]:
         "The notebooks whose results a file rests on, the one that writes it first."
-        found = [self.maker(file)]
-        for name in found:
+        makers = [self.maker(file)]
+        for name in makers:
             read = self.notebooks[name].reads if name in self.notebooks else []
-            found += [maker for maker in dict.fromkeys(map(self.maker, read)) if maker not in found]
-        return found
+            makers += [maker for maker in dict.fromkeys(map(self.maker, read)) if maker not in makers]
+        return makers
 
 # %% ../nbs/00_graph.ipynb #4982d73b
 def _resolved(notebook, files):
@@ -248,7 +248,7 @@ def graph(
     profile: str,  # name of a profile
 ) -> Graph:
     "The graph of a profile's notebooks; raises ValueError, in one line, for files that are declared wrongly."
-    parameters = {name: own for name, own in resolve_all(profile).items() if tagged_cells(name, "files")}
+    parameters = {name: values for name, values in resolve_all(profile).items() if tagged_cells(name, "files")}
     unwanted = {name: f"profile '{profile}' leaves {name} out" for name in left_out_by(profile)}
     files, left_out, known = _left_over(parameters, unwanted)
     _check_one_maker(files)

@@ -22,11 +22,12 @@ ORIGINAL = "Stable Diffusion"  # the variant of the method `original`
 
 # %% ../nbs/03_image_sets.ipynb #9b7c6baf
 def variant_name(
-    variant: str | dict[str, str],  # a name, or a variant of textual inversion
+    variant: str | dict[str, str | list[str]],  # a name, or a variant of textual inversion
 ) -> str:  # "object, lung"
     "A variant's name in tables and folders."
     if isinstance(variant, str): return variant
-    return ", ".join(variant[key] for key in ("templates", "word", "levels") if key in variant)
+    parts = (variant[key] for key in ("templates", "word", "levels") if key in variant)
+    return ", ".join("+".join(part) if isinstance(part, list) else part for part in parts)
 
 # %% ../nbs/03_image_sets.ipynb #f951dd64
 def image_set(

@@ -14,9 +14,10 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from .checkpoints import find_checkpoint, load_network, load_quietly, load_tokenizer, read_settings, split_place
+from .checkpoints import find_checkpoint, load_network, load_quietly, load_tokenizer, read_settings
 from .core import torch_device
 from .judges import RESIZE, Extractor, load_extractor
+from .places import model_name, split_place
 
 # %% ../nbs/17_image_text.ipynb #885db4c2
 @dataclass(frozen=True)
@@ -97,4 +98,4 @@ def load_image_text(
     folder = find_checkpoint(location, revision, needs, f"image-text model {source}", "name that folder in its place",
                              ["*.json", "*.txt"])
     load = _from_parts if (folder / PROJECTIONS).is_file() else _from_clip
-    with torch.inference_mode(): return load(folder, Path(location).name, device)
+    with torch.inference_mode(): return load(folder, model_name(source), device)

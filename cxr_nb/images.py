@@ -47,9 +47,7 @@ _TURNED = {  # EXIF's Orientation -> what makes the stored image the shown one; 
 }
 
 # %% ../nbs/02_images.ipynb #d16056c0
-def _orientation(
-    image,  # an open file, its pixels loaded: a PNG may state it behind them
-):
+def _orientation(image):
     "EXIF's Orientation, 1 to 8; 1 where none is stated or what is there cannot be read."
     try: stated = image.getexif().get(ExifTags.Base.Orientation)
     except Exception: return 1  # Pillow's parser raises whatever a malformed byte leads to
@@ -176,7 +174,9 @@ def image_problems(
     "Check image files in parallel, with a progress bar."
     chunks = [paths[i : i + 64] for i in range(0, len(paths), 64)]
     what = "reading images" if decode else "looking for images"
-    problems = thread_map(lambda chunk: [_problem(p, decode) for p in chunk], chunks, desc=what, unit="×64", leave=False)
+    problems = thread_map(
+        lambda chunk: [_problem(p, decode) for p in chunk], chunks, desc=what, unit="×64", leave=False
+    )
     return [problem for chunk in problems for problem in chunk]
 
 # %% ../nbs/02_images.ipynb #56bd83ac

@@ -133,7 +133,7 @@ def impression_section(
     """The last impression section with content, else the last conclusion, on one line (§2.4).
 
     Without de-identified spans, characters that show nothing, and sentences
-    that only say who signed or was told.
+    that only say who signed or was notified.
     """
     report = _plain_headings(_visible(report))
     return _last_section(report, _HEADING) or _last_section(report, _CONCLUSION)

@@ -34,7 +34,7 @@ def bootstrap_weights(
     level: float = 0.95,  # of the interval that they are for
     seed: int = 0,  # of the resampling
 ) -> Iterator[np.ndarray]:  # (block, n)
-    "How often each image counts when units are drawn anew, some samples at a time; raises ValueError for under 2 draws."
+    "How often each image counts when units are drawn anew, in blocks of samples; raises ValueError for under 2 draws."
     if draws < 2 or not 0 < level < 1:
         raise ValueError(f"an interval needs 2 draws or more and a level within 0 and 1, not {draws} and {level}")
     _, unit = np.unique(units, return_inverse=True)
@@ -137,8 +137,8 @@ def group_mean_intervals(
 ) -> pd.DataFrame:  # index: groups, "Macro", "Overall"; columns: mean, ci_low, ci_high, n
     """Means by group with percentile bootstrap intervals that resample `units`; `alike_interval` where nothing varies.
 
-    A group of a single unit has no interval. Raises ValueError where arrays differ in length or are empty. Source: Efron
-    and Tibshirani, An Introduction to the Bootstrap, 1993, chapters 8 and 13.
+    A group of a single unit has no interval. Raises ValueError where arrays differ in length or are empty. Source:
+    Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapters 8 and 13.
     """
     values, groups, units = np.asarray(values, float), np.asarray(groups), np.asarray(units)
     if not len(values) == len(groups) == len(units) > 0:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['THRESHOLDS', 'CALLED', 'STYLES', 'chosen_variants', 'Judged', 'rows_by_auc', 'compare_judges', 'judges_sentence',
            'threshold_table', 'accuracy_leader', 'draw_roc', 'draw_rocs', 'draw_histogram', 'draw_histograms',
-           'extreme_rows', 'draw_levels', 'draw_thresholds', 'in_a_row', 'disagreement']
+           'extreme_rows', 'draw_levels', 'draw_thresholds', 'disagreement', 'judge_sentences', 'called_sentence']
 
 # %% ../nbs/30_judged.ipynb #a63da782
 from collections.abc import Sequence
@@ -16,22 +16,25 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from .classification import METHODS, effusion_scores, judge_differences
+from .tables import with_interval
+from .values import listed
 
 # %% ../nbs/30_judged.ipynb #cc500b9d
 def chosen_variants(
-    lines: Sequence[str],  # "printed row = method / variant"
+    compared: dict[str, dict[str, str]],  # printed row -> {method: variant}
     printed: Sequence[str],  # rows of Table 5
 ) -> dict[str, tuple[str, str]]:  # printed row -> method and variant
     "The variant that stands for each printed row; raises ValueError unless there is one for each."
-    parts = (line.partition("=") for line in lines)
-    chosen = {row.strip(): tuple(part.strip() for part in key.split("/", 1)) for row, _, key in parts}
-    if set(chosen) != set(printed): raise ValueError(f"compared: a line for each of {'; '.join(printed)}")
-    return chosen
+    if set(compared) != set(printed): raise ValueError(f"compared: name {'; '.join(printed)}, each once")
+    for row, pair in compared.items():
+        if len(pair) != 1:
+            raise ValueError(f"compared: {row} takes one variant, as {{method: variant}}, not {len(pair)}")
+    return {row: next(iter(pair.items())) for row, pair in compared.items()}
 
 # %% ../nbs/30_judged.ipynb #1e0ddb31
 @dataclass
 class Judged:
-    "Probabilities of the images that Table 5 is about."
+    "Probabilities of the images of Table 5."
     rows: pd.DataFrame  # KEYS, patient_id, judge, Effusion, positive: asked for, or labelled as, an effusion
     names: dict[tuple[str, str], str]  # method and variant -> row, in the order of the table
     judges: list[str]  # the one of Table 5 first
@@ -75,7 +78,9 @@ def compare_judges(
     for variant, row in tqdm(judged.drawn.items(), "variants", leave=False):
         rows = pd.concat(judged.of(first, variant))
         for other in others:
-            part = judge_differences(rows, pd.concat(judged.of(other, variant)), positive, judged.threshold, draws, seed)
+            part = judge_differences(
+                rows, pd.concat(judged.of(other, variant)), positive, judged.threshold, draws, seed
+            )
             parts.append(part.assign(row=row, judge=other, against=first))
     return pd.concat(parts, ignore_index=True)
 
@@ -88,8 +93,11 @@ def judges_sentence(
     apart = auc[(auc.ci_low > 0) | (auc.ci_high < 0)]
     alike = differences[differences.column == "called alike"].measured
     judge, against = differences[["judge", "against"]].iloc[0]
-    return (f"{judge} against {against}: their AUCs differ clearly for {len(apart)} of {len(auc)} variants "
-            f"({'; '.join(apart.row) or 'none'}); of a variant's images they call {alike.min():.0%} to {alike.max():.0%} alike")
+    return (
+        f"{judge} against {against}: their AUCs differ clearly for {len(apart)} of {len(auc)} variants "
+        f"({'; '.join(apart.row) or 'none'}); of a variant's images they call {alike.min():.0%} to {alike.max():.0%} "
+        "alike"
+    )
 
 # %% ../nbs/30_judged.ipynb #97c7eb5e
 THRESHOLDS = [round(0.1 * i, 1) for i in range(1, 10)]
@@ -108,7 +116,9 @@ def threshold_table(
         for variant in tqdm(variants, judge, leave=False):
             for threshold in THRESHOLDS:
                 scores = effusion_scores(*judged.of(judge, variant), threshold, draws, seed).query("column in @CALLED")
-                parts.append(scores.assign(row=judged.names[variant], judge=judge, score=scores.column, threshold=threshold))
+                parts.append(
+                    scores.assign(row=judged.names[variant], judge=judge, score=scores.column, threshold=threshold)
+                )
     table = pd.concat(parts, ignore_index=True)
     table["column"] = table.score + " at " + table.threshold.astype(str)
     return table
@@ -124,9 +134,11 @@ def accuracy_leader(
     leaders = accuracy.idxmax()
     first = {"most often": leaders.mode()[0], "thresholds": int((leaders == leaders.mode()[0]).sum())}
     reach = (accuracy.max(axis=1) - accuracy.min(axis=1)).sort_values()
-    return first, (f"{part.judge.iloc[0]}: the highest accuracy is that of {first['most often']} at {first['thresholds']} "
-                   f"of {len(THRESHOLDS)} thresholds; over them accuracy moves by {reach.iloc[0]:.2f} ({reach.index[0]}) "
-                   f"to {reach.iloc[-1]:.2f} ({reach.index[-1]})")
+    return first, (
+        f"{part.judge.iloc[0]}: the highest accuracy is that of {first['most often']} at {first['thresholds']} "
+        f"of {len(THRESHOLDS)} thresholds; over them accuracy moves by {reach.iloc[0]:.2f} ({reach.index[0]}) "
+        f"to {reach.iloc[-1]:.2f} ({reach.index[-1]})"
+    )
 
 # %% ../nbs/30_judged.ipynb #268ed4fc
 STYLES = ["-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1, 1, 1))]
@@ -201,7 +213,8 @@ def draw_histograms(
     panels = {"figsize": size, "sharey": "row", "squeeze": False, "layout": "constrained"}
     figure, axes = plt.subplots(len(variants), len(judges), **panels)
     for line, key in zip(axes, variants):
-        for ax, judge in zip(line, judges): draw_histogram(ax, judged, judge, key, aucs[judge].measured[judged.names[key]])
+        for ax, judge in zip(line, judges):
+            draw_histogram(ax, judged, judge, key, aucs[judge].measured[judged.names[key]])
     for ax, judge in zip(axes[-1], judges): ax.set_xlabel(f"probability of an effusion, {judge}", fontsize=9)
     figure.supylabel("images (%)", fontsize=9)
     handles = [plt.Rectangle((0, 0), 1, 1, fc="C0", alpha=0.5), plt.Line2D([], [], color="C1", lw=1.8)]
@@ -260,18 +273,52 @@ def draw_thresholds(
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper left", ncols=3, fontsize=8, frameon=False)
     return figure
 
-# %% ../nbs/30_judged.ipynb #5651caa1
-def in_a_row(
-    names: Sequence[str],
-) -> str:
-    "Names in a sentence; none where there are none."
-    return "; ".join(names) or "none"
-
 # %% ../nbs/30_judged.ipynb #c864eff9
 def disagreement(
     verdicts: pd.DataFrame,  # by row, a column per judge
 ) -> str:  # a sentence
     "For which variants the judges' verdicts differ."
     split = verdicts[verdicts.nunique(axis=1) > 1]
-    kinds = [f"{row} ({', '.join(f'{judge}: {verdict}' for judge, verdict in one.items())})" for row, one in split.iterrows()]
-    return f"the judges' verdicts differ for {len(split)} of {len(verdicts)} variants: {in_a_row(kinds)}"
+    kinds = [
+        f"{row} ({', '.join(f'{judge}: {verdict}' for judge, verdict in one.items())})"
+        for row, one in split.iterrows()
+    ]
+    return f"the judges' verdicts differ for {len(split)} of {len(verdicts)} variants: {listed(kinds)}"
+
+# %% ../nbs/30_judged.ipynb #daca3bec
+def judge_sentences(
+    judge: str,
+    auc: dict[str, list[float]],  # row -> AUC, ci_low, ci_high
+    rows: Sequence[str],  # the paper's, in its order
+    blind: str,  # why the judge cannot tell; empty: it can
+) -> list[str]:
+    "What a judge separates, of real images and of generated ones."
+    real = [f"{row.removeprefix('Real images: ')} with an effusion from those without (AUC {with_interval(*values)})"
+            for row, values in auc.items() if row.startswith("Real images: ")]
+    there = {row: auc[row] for row in rows if row in auc}
+    above = [row for row, (_, low, _) in there.items() if (low or 0) > 0.5]
+    below = [row for row, (_, _, high) in there.items() if high is not None and high < 0.5]
+    def named(some): return listed([f"{row} {with_interval(*there[row])}" for row in some])
+    parts = [f"above 0.5 for {named(above)}", *[f"below 0.5 for {named(below)}"] * bool(below)]
+    parts += [f"not clear of 0.5 for {listed([row for row in there if row not in above + below])}"]
+    return [*[f"{judge} separates {one}." for one in real],
+            *[f"No score of a generated image is a test here: {blind}."] * bool(blind),
+            f"The AUC of {judge} is {'; '.join(parts)}."]
+
+# %% ../nbs/30_judged.ipynb #0a6c49c7
+def called_sentence(
+    judged: Judged,
+    judge: str,
+    row: str,  # of Table 5
+    accuracy: pd.Series,  # of this row: published, measured, ci_low, ci_high
+) -> str:
+    "How many images of a variant a judge calls positive at the threshold, and its accuracy."
+    key = next(key for key, name in judged.names.items() if name == row)
+    images = pd.concat(judged.of(judge, key))
+    called, right = (images.Effusion >= judged.threshold).mean(), [*accuracy[["measured", "ci_low", "ci_high"]]]
+    beside = "" if pd.isna(accuracy.published) else f" (published {accuracy.published:g})"
+    return (
+        f"At a threshold of {judged.threshold:g}, {judge} calls {called:.0%} of the {len(images)} images of {row} "
+        "an effusion, "
+        f"where {images.positive.mean():.0%} were asked to show one; its accuracy is {with_interval(*right)}{beside}."
+    )

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['RESIZE', 'SHAPE', 'OUTPUTS', 'unit_images', 'image_batches', 'Classifier', 'build_classifier', 'save_classifier',
            'load_classifier', 'probabilities', 'layer_features', 'Extractor', 'classifier_extractor',
-           'probability_extractor', 'load_extractor', 'feature_batches', 'features', 'extraction_record']
+           'probability_extractor', 'load_extractor', 'load_extractors', 'feature_batches', 'features',
+           'extraction_record']
 
 # %% ../nbs/04_judges.ipynb #4b0cfcae
 import json
@@ -13,8 +14,8 @@ import pickle
 import re
 import tarfile
 import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,9 +26,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
-from .checkpoints import fill_network, find_checkpoint, load_network, read_settings, split_place
+from .checkpoints import fill_network, find_checkpoint, is_place, load_network, package_record, read_settings
 from .core import torch_device
-from .places import find_path, sha256, written_whole
+from .places import lacking_package, model_name, packages_of, sha256, slugs, split_place, written_whole
 from .values import in_one_line, message_of
 
 # %% ../nbs/04_judges.ipynb #d0ebfb92
@@ -58,10 +59,10 @@ def _item(item):
 def image_batches(
     images,  # an array or tensor as `unit_images` takes it, or a sequence of single images, read when indexed
     batch_size: int = 32,  # images at a time
-    what: str = "looking at images",  # beside the progress bar
+    description: str = "looking at images",  # beside the progress bar
 ) -> Iterator[torch.Tensor]:  # (batch_size, 1 or 3, h, w) float32 in 0..1
     "Images some at a time, each batch checked; raises what `unit_images` raises."
-    for start in tqdm(range(0, len(images), batch_size), what, unit="batch", leave=False):
+    for start in tqdm(range(0, len(images), batch_size), description, unit="batch", leave=False):
         stop = min(start + batch_size, len(images))
         one_array = isinstance(images, np.ndarray | torch.Tensor)
         yield unit_images(images[start:stop] if one_array else np.stack([_item(images[i]) for i in range(start, stop)]))
@@ -170,7 +171,7 @@ class _TensorsOnly(pickle.Unpickler):
 
 # %% ../nbs/04_judges.ipynb #e012cff0
 _READER = SimpleNamespace(
-    __name__="tensors_only", Unpickler=_TensorsOnly, load=lambda file, **how: _TensorsOnly(file, **how).load()
+    __name__="tensors_only", Unpickler=_TensorsOnly, load=lambda file, **options: _TensorsOnly(file, **options).load()
 )
 
 # %% ../nbs/04_judges.ipynb #08b473de
@@ -229,24 +230,23 @@ def _local_classifier(folder, name):
 # %% ../nbs/04_judges.ipynb #bc4d2e9e
 def _place(source, needs, what):
     "The folder of a classifier or a vision model, and its name; needs gives the files that it must have."
-    location, revision = split_place(str(source))
-    folder = find_checkpoint(location, revision, needs, f"{what} {source}", "name that folder in its place")
-    return folder, Path(location).name
+    place = split_place(source)
+    return find_checkpoint(*place, needs, f"{what} {source}", "name that folder in its place"), model_name(source)
 
 # %% ../nbs/04_judges.ipynb #9a3ba780
 _FILES = [[("config.json",)], [("model.safetensors",)]]
 
 # %% ../nbs/04_judges.ipynb #07016bcd
 def load_classifier(
-    source: str | Path,  # a name of torchxrayvision's DenseNet weights, a folder, or a hub id with or without @revision
+    source: str | Path,  # a name of torchxrayvision's DenseNet weights, or a place: folder, hub id, inside a package
     device: str = "cpu",  # torch device, or "auto"
 ) -> Classifier:
-    """Load one of torchxrayvision's classifiers, fetched once into the user's home, or one from a folder or the hub.
+    """Load one of torchxrayvision's classifiers, fetched once into the user's home, or one from a place.
 
     Raises FileNotFoundError where files are not to be had, with what to download
     and where to put it, and ValueError for an unknown name or other weights.
     """
-    if find_path(source).is_dir() or "/" in str(source):
+    if is_place(source):
         classifier = _local_classifier(*_place(source, lambda names: _FILES, "classifier"))
     else:
         from torchxrayvision.models import model_urls
@@ -303,10 +303,11 @@ def layer_features(
 # %% ../nbs/04_judges.ipynb #983238f7
 @dataclass(frozen=True)
 class Extractor:
-    "A function from images to features that knows how to be named in a table."
+    "A function from images to features, with its name in tables."
     name: str
-    resize: str  # how images come to its size
+    resize: str  # how an image is brought to its size
     embed: Callable  # (n, 1 or 3, h, w) float32 in 0..1 to (n, d)
+    package: dict = field(default_factory=dict)  # as `package_record` gives it
 
     def __call__(self, images): return self.embed(images)
 
@@ -343,6 +344,36 @@ def _inception(layer, device):
         colour = images.to(next(network.parameters()).device).expand(-1, 3, -1, -1)
         return network((colour * 255).round().byte())
     return Extractor(name, f"{RESIZE}, to {network.INPUT_IMAGE_SIZE}", embed)
+
+# %% ../nbs/04_judges.ipynb #8ae0ff7f
+_LITE0 = "efficientnet-lite0"  # a key of PACKAGED
+_LITE0_FILE = "efficientnet-lite0-57934424.pth"
+
+# %% ../nbs/04_judges.ipynb #213d732d
+def _efficientnet_weights(what):
+    "EfficientNet-Lite0's weights by name, from their package; raises for a missing package and another file."
+    if missing := lacking_package(_LITE0): raise FileNotFoundError(f"{what}: {missing}")
+    needs = lambda names: [[(_LITE0_FILE,)]]
+    path = find_checkpoint(f"package:{packages_of(_LITE0)[0]}/models", None, needs, what, "") / _LITE0_FILE
+    if sha256(path)[:8] != path.stem[-8:]:
+        raise ValueError(f"{what}: {path} is not whole (its name has another hash); install its package again")
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+# %% ../nbs/04_judges.ipynb #dd0a2832
+def _efficientnet(device):
+    "EfficientNet-Lite0 up to its last embedding."
+    weights = _efficientnet_weights(what := f"extractor {_LITE0}")
+    import timm
+    network = timm.create_model("tf_efficientnet_lite0", pretrained=False, num_classes=0)
+    kept = [tensor for name, tensor in weights.items() if not name.startswith("_fc.")]
+    network = fill_network(network, dict(zip(network.state_dict(), kept, strict=True)), what)
+    network.to(torch_device(device), memory_format=torch.channels_last)  # half the time on a CPU
+    # alike in all channels
+    size, mean, std = (network.pretrained_cfg[key][-1] for key in ("input_size", "mean", "std"))
+    def embed(images):
+        colour = _resized(images.to(next(network.parameters()).device).expand(-1, 3, -1, -1), size)
+        return network(((colour - mean) / std).contiguous(memory_format=torch.channels_last))
+    return Extractor(_LITE0, f"{RESIZE}, to {size}", embed)
 
 # %% ../nbs/04_judges.ipynb #70375d3a
 def _side(size):
@@ -405,17 +436,32 @@ def _vision_model(folder, name, device):
 
 # %% ../nbs/04_judges.ipynb #3e196055
 def load_extractor(
-    source: str | Path,  # "inception", "inception-64" (or -192, -768), a vision model's place, a classifier's
+    source: str | Path,  # "efficientnet-lite0", "inception", "inception-64" (-192, -768), or as a classifier's
     device: str = "cpu",  # torch device, or "auto"
 ) -> Extractor:
     "Load a feature extractor; raises what `load_classifier` raises, and ValueError for a wrong vision model."
     vision = lambda names: _FILES + [[("preprocessor_config.json",)]] * ("preprocessor_config.json" in names)
-    if find_path(source).is_dir() or "/" in str(source):
+    if is_place(source):
         folder, name = _place(source, vision, "extractor")
         if (folder / "preprocessor_config.json").is_file(): return _vision_model(folder, name, device)
+    if source == _LITE0: return _efficientnet(device)
     inception = re.fullmatch(r"inception(?:-(64|192|768|2048))?", str(source))
     if inception: return _inception(inception[1] or "2048", device)
     return classifier_extractor(load_classifier(source, device))
+
+# %% ../nbs/04_judges.ipynb #6c8bb02c
+def load_extractors(
+    places: Sequence[str],  # each as `load_extractor` takes it
+    device: str = "cpu",  # torch device, or "auto"
+) -> list[Extractor]:
+    "Load all whose packages are installed, name the others; raises ValueError where none is left or two share a name."
+    lacking = {place: missing for place in places if (missing := lacking_package(place))}
+    for place, missing in lacking.items(): print(f"extractor {place} is left out: {missing}")
+    if lacking and len(lacking) == len(places): raise ValueError(f"extractors: none is left; {missing}")
+    kept = [place for place in places if place not in lacking]
+    loaded = [replace(load_extractor(place, device), package=package_record(place)) for place in kept]
+    slugs([extractor.name for extractor in loaded], "extractors")
+    return loaded
 
 # %% ../nbs/04_judges.ipynb #569348dc
 @torch.inference_mode()
@@ -444,7 +490,7 @@ def features(
 def extraction_record(
     extractor: Extractor,  # as loaded
     embeddings: np.ndarray,  # (n, d), what it gave
-) -> dict:  # extractor, features, resize, n
+) -> dict:  # extractor, features, resize, n, and what to record of its package
     "What a score made of features must have beside it."
     features, n = embeddings.shape[1], len(embeddings)
-    return {"extractor": extractor.name, "features": features, "resize": extractor.resize, "n": n}
+    return {"extractor": extractor.name, "features": features, "resize": extractor.resize, "n": n, **extractor.package}

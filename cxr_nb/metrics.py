@@ -370,7 +370,7 @@ def precision_recall_density_coverage(
     fake: np.ndarray,  # (m, d) features of the same extractor
     k: int = 5,  # neighbours
 ) -> dict[str, float]:  # precision, recall, density (may exceed 1), coverage
-    """How many generated images look real, and settings much of the real they show; in memory for 1,024 rows of distances.
+    """The share of generated images that look real, and of real ones that are covered; holds 1,024 rows of distances.
 
     Raises ValueError for other widths and where a set has no k neighbours.
     Source: Kynkäänniemi et al. 2019; Naeem et al. 2020.

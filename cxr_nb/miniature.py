@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PARTS', 'STEPS', 'DATA', 'fit', 'training_pictures', 'labelled_phantoms', 'train_vae', 'train_clip', 'frozen_parts',
            'train_unet', 'train_general_bert', 'train_report_bert', 'train_judge', 'made', 'changed_files',
-           'make_miniature']
+           'make_miniature', 'miniature_sentences']
 
 # %% ../nbs/C_miniature.ipynb #cf556b6f
 import json
@@ -30,9 +30,14 @@ from .judges import build_classifier, save_classifier
 from .phantoms import write_phantoms
 from .pictures import COLOURS, draw_pictures
 from .places import sha256, written_whole
-from .small_models import JUDGES, TARGETS, WIDTH, begin_linear, clip_embeddings, drawn_labels, fractal_images, mlm_loss, new_bert, new_clip, new_unet, new_vae, noise_scheduler, section_loss, symmetric_cross_entropy, tokenized, train_bpe, train_wordpiece, vae_loss, varied, velocity_weight
+from cxr_nb.small_models import (
+    JUDGES, TARGETS, WIDTH, begin_linear, clip_embeddings, drawn_labels, fractal_images, mlm_loss, new_bert,
+    new_clip, new_unet, new_vae, noise_scheduler, section_loss, symmetric_cross_entropy, tokenized, train_bpe,
+    train_wordpiece, vae_loss, varied, velocity_weight,
+)
 from .text_encoder import projection_head
-from .values import json_text
+from .tables import with_interval
+from .values import json_text, listed
 
 # %% ../nbs/C_miniature.ipynb #69cd7d28
 def _snapshot(model): return {k: v.detach().clone() for k, v in model.state_dict().items()}
@@ -392,3 +397,27 @@ def make_miniature(
         log, places = _MAKERS[part](folder, work, seed, scale, device)
         _record(folder, part, log | {"seed": seed, "scale": scale}, device, places)
     return made(folder)
+
+# %% ../nbs/C_miniature.ipynb #43ce8a5d
+def miniature_sentences(
+    megabytes: float,  # of all weights
+    minutes: dict[str, float],  # part -> time of its training
+    measured: dict,  # on real radiographs: effusions, no finding, "<judge>, AUC" …; empty: not measured
+) -> list[str]:
+    "What the bundled models weigh and took, and the AUC of the judges on real radiographs."
+    parts = [f"{part.replace('_', ' ')} {took:g}" for part, took in minutes.items()]
+    aucs = [
+        f"{name.removesuffix(', AUC')} {with_interval(*auc)}"
+        for name, auc in measured.items()
+        if name.endswith(", AUC")
+    ]
+    return [
+        f"All weights are {megabytes:.1f} MB. Minutes of training: {', '.join(parts)}.",
+        (
+            f"AUC on {measured['effusions']} real radiographs labelled with an effusion against "
+            f"{measured['no finding']} labelled "
+            f"without a finding: {listed(aucs)}."
+            if measured
+            else "The judges were not measured on real radiographs."
+        ),
+    ]

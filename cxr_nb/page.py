@@ -13,16 +13,14 @@ import re
 from importlib import resources
 from pathlib import Path
 
-import pandas as pd
 import yaml
 from jinja2 import Environment, StrictUndefined
 
-from .core import Run
+from .core import Run, sentences_of
 from .graph import Graph, graph
 from .places import slug
-from .profiles import load_profile
-from .sentences import FOUND, listed
 from .tables import published, with_interval
+from .values import listed
 from .views import embedded, inlined, table_views
 
 # %% ../nbs/F_page.ipynb #ca40b3ad
@@ -222,15 +220,12 @@ def section_view(
     views = [piece_views(run, section["shown"], record, name in marked, limits) for name, record in here.items()]
     pieces, linked = ([view for _, view in sorted((one for part in parts for one in part), key=lambda one: one[0])]
                       for parts in ([shown for shown, _ in views], [links for _, links in views]))
-    csv = [file for record in here.values() for file, _, kind in shown_files(record) if kind == "csv"]
-    tables = {Path(file).stem: pd.read_csv(run.profile_folder / file) for file in csv}
-    sentences = FOUND.get(section["number"]) if here else None
     return {
         "id": f"s{slug(section['number'])}", **{key: section[key] for key in ("number", "title", "asked")},
         "notebooks": list(here), "missing": [reasons[name] for name in section["notebooks"] if name in reasons],
-        "sentences": sentences({name: record["results"] for name, record in here.items()}, tables) if sentences else [],
+        "sentences": [sentence for record in here.values() for sentence in sentences_of(record)],
         "pieces": pieces, "linked": linked,
-        "verdicts": tables["claims"].verdict.value_counts().to_dict() if "claims" in tables else {},
+        "verdicts": here["40_discussion"]["results"]["verdicts"] if "40_discussion" in here else {},
     }
 
 # %% ../nbs/F_page.ipynb #7c3db062
@@ -279,7 +274,7 @@ def report_page(
     run: Run,  # its folder has the records, tables and figures
     profile: dict[str, dict],  # notebooks with their parameters, as core.load_profile reads them
     limits: dict[str, int],  # the notebook's parameters but `profile`
-) -> tuple[str, dict]:  # HTML; the numbers of tables and figures, and what is left out and why
+) -> tuple[str, dict]:  # HTML; says: the answer, the numbers of tables and figures, and what is left out and why
     """The whole page.
 
     Raises FileNotFoundError for a record, table or figure that the profile's
@@ -291,13 +286,15 @@ def report_page(
     records = {name: json.loads(run.need(f"records/{name}.json").read_text(encoding="utf-8")) for name in names}
     marked = miniature_notebooks(records)
     shown = [section_view(run, section, records, reasons, marked, limits) for section in parts]
+    words = answer({name: record["results"] for name, record in records.items()}, reasons)
     html = rendered(
         profile=run.parameters["profile"], sections=shown, notebooks=names, marked=sorted(marked),
-        answer=answer({name: record["results"] for name, record in records.items()}, reasons),
+        answer=words,
         provenance=provenance(records, {name: run.times(name) for name in names}),
         miniature=[name for name in ("03_phantoms", "C_miniature") if name in records],
         restricted=[name for name in ("chexpert", "mimic_cxr") if profile.get("21_datasets", {}).get(name)],
     )
     tables = sum("lines" in piece for section in shown for piece in section["pieces"])
     figures = sum("alt" in piece for section in shown for piece in section["pieces"])
-    return html, {"tables": tables, "figures": figures, "miniature": sorted(marked), "left_out": reasons}
+    says = [f"{word}: {sentence}" for word, sentence in words]
+    return html, {"says": says, "tables": tables, "figures": figures, "miniature": sorted(marked), "left_out": reasons}

@@ -55,10 +55,8 @@ def is_gone(
     return abs(running.create_time() - process["started"]) > 1 or running.status() == psutil.STATUS_ZOMBIE
 
 # %% ../nbs/05_processes.ipynb #05c0de11
-def _owner(
-    path: Path,  # of a lock
-) -> dict | None:  # None where nobody holds it
-    "Who holds a lock; raises BlockingIOError for a file that is none."
+def _owner(path: Path) -> dict | None:
+    "Who holds a lock, None for nobody; raises BlockingIOError for a file that is none."
     try: owner = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError: return None
     except (OSError, ValueError): owner = None
@@ -66,10 +64,8 @@ def _owner(
     raise BlockingIOError(f"{path}: is no lock of this project; delete it if nothing runs")
 
 # %% ../nbs/05_processes.ipynb #c8681d9f
-def _hindrance(
-    path: Path,  # of a lock
-) -> str:  # empty where the lock is free or stale
-    "Why a lock cannot be had."
+def _hindrance(path: Path) -> str:
+    "Why a lock cannot be had; empty where it is free or stale."
     owner = _owner(path)
     gone = owner is None or is_gone(owner)
     if gone: return ""

@@ -29,8 +29,8 @@ _SEEN = r"(?:seen|present|visible|identified|evident|there|found|shown|noted|det
 _SHOW = r"(?:have|having|show\w*|contain\w*|demonstrat\w+|reveal\w*|depict\w*|includ\w+)"
 _BEFORE = (
     rf"(?:not|never) (?:with|{_SHOW})|no longer(?! {_SEEN})|no|without|w o|free (?:of|from)|(?:the )?absence of|"
-    r"(?:absent|negative) (?:for|of)|lack(?:s|ing)?(?: of)?|devoid of|clear (?:of|from)|none of|zero|0|sans|minus|denies|"
-    r"(?:anything|everything) (?:but|except)|rather than|instead of|neither"
+    r"(?:absent|negative) (?:for|of)|lack(?:s|ing)?(?: of)?|devoid of|clear (?:of|from)|none of|zero|0|sans|minus|"
+    r"denies|(?:anything|everything) (?:but|except)|rather than|instead of|neither"
 )
 _AFTER = rf"(?:not|no longer|none) (?:be |been )?{_SEEN}|free(?! flowing| of| from)|gone|disappeared"
 _EITHER_SIDE = r"absent|negative|none|nil|resolved|cleared|excluded|ruled out|missing|non ?existent"
@@ -114,7 +114,8 @@ def given_findings(
 ) -> dict[str, str]:  # slug of the prompt -> a key of CONCEPTS
     "What a person says that prompts ask for; raises ValueError for a finding that no real images are kept of."
     for prompt, finding in findings.items():
-        if finding not in CONCEPTS: raise ValueError(f"findings: {prompt!r}: {finding!r} is neither {' nor '.join(CONCEPTS)}")
+        if finding not in CONCEPTS:
+            raise ValueError(f"findings: {prompt!r}: {finding!r} is neither {' nor '.join(CONCEPTS)}")
     return {slug(prompt): finding for prompt, finding in findings.items()}
 
 # %% ../nbs/22_prompts.ipynb #59503fac

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BASELINE', 'PAPER_CLASSES', 'COLOURS', 'Study', 'summarise', 'best_extractions', 'score_rows', 'published_macros',
            'measured_macros', 'measured_classes', 'table_3_beside', 'limits', 'draw_classes', 'layout', 'scatter',
-           'draw_layout', 'draw_layouts']
+           'draw_layout', 'draw_layouts', 'retrieval_sentences']
 
 # %% ../nbs/30_retrieval.ipynb #0b42fa01
 from collections.abc import Mapping, Sequence
@@ -15,9 +15,10 @@ import numpy as np
 import pandas as pd
 
 from .cohorts import CHEXPERT_LABELS
-from .intervals import group_mean_intervals, group_means
+from .intervals import group_mean_intervals
 from .results_tables import beside_published
 from .text_encoder import chance
+from .tables import with_interval
 
 # %% ../nbs/30_retrieval.ipynb #efb3dfb6
 BASELINE = "bag_of_words"  # the column of Table 3 that embeds nothing
@@ -56,12 +57,13 @@ def summarise(
     key: tuple[str, str, str],  # encoder, extraction, similarity
     draws: int = 2000,  # bootstrap samples
     seed: int = 0,  # of the resampling
-) -> pd.DataFrame:  # classes, "Macro", "Overall" by mean, ci_low, ci_high, n; of cosine by mean alone
+) -> pd.DataFrame:  # classes, "Macro", "Overall" by mean, ci_low, ci_high, n
     "Mean CheXpert@k by class."
     # numbers in the place of names are several times quicker to resample
     codes, order = pd.Index(study.order).get_indexer(study.reports.label), list(range(len(study.order)))
-    if key[2] == "cosine": means = pd.DataFrame({"mean": group_means(study.scores[key], codes, order)})
-    else: means = group_mean_intervals(study.scores[key], codes, study.reports.patient_id, order, draws, seed=seed, bounds=(0, 100))
+    means = group_mean_intervals(
+        study.scores[key], codes, study.reports.patient_id, order, draws, seed=seed, bounds=(0, 100)
+    )
     return means.set_axis([*study.order, "Macro", "Overall"])
 
 # %% ../nbs/30_retrieval.ipynb #adc89d29
@@ -75,10 +77,11 @@ def best_extractions(
 # %% ../nbs/30_retrieval.ipynb #bc0a13dd
 def score_rows(
     studies: Sequence[Study],
-) -> pd.DataFrame:  # source, study_id, patient_id, label, encoder, extraction, similarity, k, score
+) -> pd.DataFrame:  # study_id, patient_id, label, source, encoder, extraction, similarity, k, score
     "CheXpert@k of every report."
     return pd.concat([
-        s.reports[["source", "study_id", "patient_id", "label"]].assign(encoder=e, extraction=x, similarity=y, k=s.k, score=v)
+        s.reports[["study_id", "patient_id", "label"]]
+        .assign(source=s.source, encoder=e, extraction=x, similarity=y, k=s.k, score=v)
         for s in studies for (e, x, y), v in s.scores.items()
     ], ignore_index=True)
 
@@ -106,10 +109,20 @@ def measured_macros(
     for encoder in encoders:
         name = encoder["encoder"]
         for extraction in encoder["extractions"]:
-            dot, cosine = (summary[name, extraction, similarity].loc["Macro"] for similarity in ("dot_product", "cosine"))
-            rows.append([name, extraction, *dot, study.chance.mean(), cosine["mean"], study.k, encoder["cut"][study.source],
-                         study.source, notes.get(name, "")])
-    columns = ["row", "column", "measured", "ci_low", "ci_high", "n", "chance", "measured_cosine", "k", "cut", "measured_on", "note"]
+            dot, cosine = (
+                summary[name, extraction, similarity].loc["Macro"] for similarity in ("dot_product", "cosine")
+            )
+            rows.append(
+                [
+                    name, extraction, *dot, study.chance.mean(), *cosine[:3], study.k,
+                    encoder["cut"][study.source], study.source, notes.get(name, ""),
+                ]
+            )
+    ends = ["measured", "ci_low", "ci_high"]
+    columns = [
+        "row", "column", *ends, "n", "chance", *(f"{end}_cosine" for end in ends), "k", "cut", "measured_on",
+        "note",
+    ]
     return pd.DataFrame(rows, columns=columns)
 
 # %% ../nbs/30_retrieval.ipynb #241435f4
@@ -139,7 +152,8 @@ def table_3_beside(
     if study.macro not in printed.index:
         printed.loc[study.macro] = table_3.loc[study.order].mean().round(2)
         why[study.macro] = f"published: these classes' scores among the paper's {PAPER_CLASSES} classes"
-    for label in study.left_out: why[label] = f"left out: {study.available[label]} single-label reports with distinct impressions"
+    for label in study.left_out:
+        why[label] = f"left out: {study.available[label]} single-label reports with distinct impressions"
     printed = printed.rename_axis("row").reset_index().melt("row", var_name="column", value_name="published")
     table = beside_published(classes, printed, [*CHEXPERT_LABELS, "Macro", study.macro], columns)
     note = table.row.map(why).astype(object).fillna("") + "; " + table.column.map(dict(notes)).astype(object).fillna("")
@@ -198,7 +212,9 @@ def layout(
     "t-SNE coordinates; raises ValueError for a perplexity that is too large."
     from sklearn.manifold import TSNE
     if perplexity >= len(points) / 3:
-        raise ValueError(f"perplexity {perplexity:g} is too large for {len(points)} reports; stay below {len(points) / 3:g}")
+        raise ValueError(
+            f"perplexity {perplexity:g} is too large for {len(points)} reports; stay below {len(points) / 3:g}"
+        )
     start = {"metric": "precomputed", "init": "random"} if distances else {"init": "pca"}
     return TSNE(perplexity=perplexity, random_state=seed, **start).fit_transform(points)
 
@@ -248,3 +264,22 @@ def draw_layouts(
     figure.legend(*axes.flat[0].get_legend_handles_labels(), title="label (reports)", **look)
     figure.suptitle(heading, x=0.01, ha="left", fontsize=10)
     return figure
+
+# %% ../nbs/30_retrieval.ipynb #7f11d174
+def retrieval_sentences(
+    source: str,
+    study: dict,  # reports, classes, chance, k, macro (encoder -> mean, ci_low, ci_high), evaluation_sets
+) -> list[str]:
+    "CheXpert@k of all encoders on one source's reports (§3.3)."
+    macro = {name: with_interval(*(one[key] for key in ("mean", "ci_low", "ci_high")), decimals=1)
+             for name, one in sorted(study["macro"].items(), key=lambda pair: -pair[1]["mean"])}
+    words, sets = macro.pop(BASELINE), study["evaluation_sets"]
+    of = f"{len(study['classes'])} classes, {study['reports']} impressions"
+    return [
+        f"{source}, macro average of CheXpert@{study['k']}, {of}: "
+        f"{'; '.join(' '.join(pair) for pair in macro.items())}; "
+        f"bag of words {words}; chance {study['chance']:.1f}.",
+        f"{source}: over {sets['n']:.0f} sets of reports drawn by the same rule, the bag of words ranges from "
+        f"{sets['min']:.1f} to "
+        f"{sets['max']:.1f} (mean {sets['mean']:.1f}).",
+    ]

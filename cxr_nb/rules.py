@@ -74,11 +74,8 @@ def expand(
     return comparisons
 
 # %% ../nbs/08_rules.ipynb #73cc1bb0
-def _estimate(
-    node: ast.AST,  # a side of a comparison, as Python parses it
-    known: dict[str, Estimate],  # name of a cell -> its number
-) -> Estimate:
-    "The value of one side; raises ValueError for anything but sums, differences and multiples of cells."
+def _estimate(node: ast.AST, known: dict[str, Estimate]) -> Estimate:
+    "The value of a comparison's side; raises ValueError for anything but sums, differences, multiples of cells."
     if isinstance(node, ast.Constant): return exact(float(node.value))
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub): return _estimate(node.operand, known) * -1
     if isinstance(node, ast.Name) and node.id in known: return known[node.id]
@@ -94,7 +91,7 @@ def compare(
     comparison: str,  # of single rows
     cells: dict,  # (table, row, column) -> Estimate
 ) -> tuple[Estimate, float]:  # the difference, and the margin it must stay within; NaN: it must be above zero
-    "The difference that decides a comparison; raises ValueError for one that cannot be read, KeyError for a missing cell."
+    "The difference that decides a comparison; raises ValueError where it is not readable, KeyError for a missing cell."
     named = references(comparison)
     text, known = comparison, {f"cell_{i}": cells[cell] for i, cell in enumerate(named)}
     for name, (table, row, column) in zip(known, named): text = text.replace(f"{table}[{row} | {column}]", name)

@@ -26,11 +26,8 @@ from .profiles import notebook_named, resolve_parameters
 from .values import read_value
 
 # %% ../nbs/06_runner.ipynb #4c4e46e6
-def _small_picture(
-    png: str,  # in base64
-    widest: int = 500,  # pixels
-) -> dict[str, str]:  # MIME type -> base64
-    "A light copy of a picture."
+def _small_picture(png: str, widest: int = 500) -> dict[str, str]:
+    "A light copy of a picture in base64, by MIME type."
     from PIL import Image
     picture, few, jpeg = Image.open(BytesIO(base64.b64decode(png))).convert("RGB"), BytesIO(), BytesIO()
     picture.thumbnail((widest, picture.height), Image.LANCZOS)
@@ -40,18 +37,14 @@ def _small_picture(
     return {kind: base64.b64encode(kept).decode()}
 
 # %% ../nbs/06_runner.ipynb #25be5a7c
-def _lighter(
-    data: dict,  # an output's, by MIME type
-) -> dict:
+def _lighter(data: dict) -> dict:
     "An output without what is there twice, its picture made small."
     if "text/html" in data: data = {k: v for k, v in data.items() if k != "text/plain"}
     if "image/png" not in data: return data
     return {k: v for k, v in data.items() if k != "image/png"} | _small_picture(data["image/png"])
 
 # %% ../nbs/06_runner.ipynb #5f3f8c0e
-def _make_light(
-    path: Path,  # of an executed notebook
-) -> None:
+def _make_light(path: Path) -> None:
     "Make an executed notebook light, and the same for the same results."
     notebook = json.loads(path.read_text(encoding="utf-8"))
     widget = "application/vnd.jupyter.widget-view+json"
@@ -68,10 +61,7 @@ def _make_light(
 
 # %% ../nbs/06_runner.ipynb #63703e77
 @contextmanager
-def _executed_copy(
-    folder: Path,  # of the results
-    notebook: str,  # its stem
-):
+def _executed_copy(folder: Path, notebook: str):
     "Yield where papermill writes to: the copy is in `notebooks/` after a success and in `failed/` after an error."
     good, failed = (folder / kind / f"{notebook}.ipynb" for kind in ("notebooks", "failed"))
     partial = good.with_name(f".partial-{os.getpid()}-{notebook}.ipynb")
@@ -88,9 +78,7 @@ def _executed_copy(
             shutil.move(partial, kept)
 
 # %% ../nbs/06_runner.ipynb #4b4ae621
-def _check_whole(
-    notebook: str,  # stem of a notebook in nbs/
-) -> None:
+def _check_whole(notebook: str) -> None:
     "Raise ValueError for a broken notebook."
     import nbformat
     path = source_file(f"{notebook}.ipynb")
@@ -133,14 +121,13 @@ def read_overrides(
     for name, text in pairs:
         if name in values: raise ValueError(f"parameter '{name}' is given twice; keep one")
         try: values[name] = read_value(text)
-        except ValueError: raise ValueError(f"parameter '{name}': {text!r} is neither a list nor text in quotes; quote it") from None
+        except ValueError:
+            raise ValueError(f"parameter '{name}': {text!r} is neither a list nor text in quotes; quote it") from None
     return values
 
 # %% ../nbs/06_runner.ipynb #63703e79
 @contextmanager
-def _announced(
-    notebook: str,  # its stem
-):
+def _announced(notebook: str):
     "Say when a notebook begins and ends, where a report runs it."
     start, parent = time.perf_counter(), os.environ.get("CXR_NB_REPORT")
     if parent:
@@ -150,13 +137,12 @@ def _announced(
     if parent: print(f"cxr_nb: ended {notebook} {time.perf_counter() - start:.1f}", flush=True)
 
 # %% ../nbs/06_runner.ipynb #490e7950
-def _locked(
-    notebook: str,  # its stem
-    folder: Path,  # of the results
-):
+def _locked(notebook: str, folder: Path):
     "Hold a notebook's part of a results folder."
     locks = folder / ".locks"
-    return one_writer(locks / notebook, f"notebook {notebook}", [] if "CXR_NB_REPORT" in os.environ else [locks / "report"])
+    return one_writer(
+        locks / notebook, f"notebook {notebook}", [] if "CXR_NB_REPORT" in os.environ else [locks / "report"]
+    )
 
 # %% ../nbs/06_runner.ipynb #63703e80
 def run_or_exit(
@@ -171,16 +157,15 @@ def run_or_exit(
         notebook, overrides = notebook_named(notebook), read_overrides(pairs)
         folder = run_folder(notebook, resolve_parameters(notebook, profile, overrides))
         with _locked(notebook, folder), _announced(notebook): return run_notebook(notebook, profile, overrides)
-    except PapermillExecutionError as error: why = f"notebook {notebook} failed: {error.ename}: {error.evalue}".splitlines()[0]
+    except PapermillExecutionError as error:
+        why = f"notebook {notebook} failed: {error.ename}: {error.evalue}".splitlines()[0]
     except DeadKernelError: why = f"notebook {notebook} failed: its kernel died, for want of memory or by a signal"
     except (OSError, KeyError, TypeError, ValueError) as error:
         sys.exit(f"cxr_nb: {error.args[-1] if isinstance(error, KeyError) else error}")
     sys.exit(f"cxr_nb: {why}; see {os.path.relpath(folder / 'failed' / f'{notebook}.ipynb')}")
 
 # %% ../nbs/06_runner.ipynb #d5a3fcda
-def _code_cells(
-    notebook: str,  # stem of a notebook in nbs/
-) -> list[str]:
+def _code_cells(notebook: str) -> list[str]:
     "The sources of a notebook's code cells."
     cells = json.loads(source_file(f"{notebook}.ipynb").read_text(encoding="utf-8"))["cells"]
     return ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]

@@ -6,12 +6,11 @@
 __all__ = ['COMPONENTS', 'SCHEDULERS', 'components_folder', 'load_component', 'load_scheduler', 'load_pipeline',
            'components_record', 'vae_factor', 'encode', 'decode', 'generators', 'seeded_noise', 'draw_latents', 'gray',
            'to_bytes', 'encoder_hidden_states', 'check_steps', 'sample', 'write_images', 'keep_set', 'component_shapes',
-           'image_seeds']
+           'image_seeds', 'pipeline_sentences']
 
 # %% ../nbs/22_stable_diffusion.ipynb #b37b6889
 import copy
 import inspect
-import json
 from collections.abc import Sequence
 from numbers import Integral
 from pathlib import Path
@@ -21,12 +20,12 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from .checkpoints import choose_files, commit_of, files_in, find_checkpoint, load_network
-from .checkpoints import load_quietly, load_tokenizer, read_settings, split_place
+from .checkpoints import load_quietly, load_tokenizer, read_settings
 from .core import Run, torch_device
 from .image_sets import image_set
 from .judges import unit_images
-from .places import sha256, written_whole
-from .values import in_one_line
+from .places import sha256, split_place, written_whole
+from .values import in_one_line, listed
 
 # %% ../nbs/22_stable_diffusion.ipynb #96036f74
 _MODEL = [[("diffusion_pytorch_model.safetensors",), ("diffusion_pytorch_model.bin",)], [("config.json",)]]
@@ -295,7 +294,7 @@ def sample(
     seeds: Sequence[int],  # one per image
     steps: int = 50,  # denoising steps
     guidance_scale: float = 7.5,  # 1: the prompt alone, without guidance
-    unconditional: str | torch.Tensor = "",  # what guidance leads away from; states of as many tokens as the prompt's
+    negative_prompt: str | torch.Tensor = "",  # guidance leads away from it; or states, as many as the prompt's
     size: int | None = None,  # pixels a side; what the U-Net was trained for by default
     batch_size: int = 8,  # images at a time
 ) -> torch.Tensor:  # (n, 3, size, size) uint8
@@ -306,7 +305,7 @@ def sample(
     images that are not finite.
     """
     evaluations = check_steps(pipeline.scheduler, steps)
-    embeds = [_prompt_embeds(pipeline, one, len(seeds)) for one in (prompt, unconditional)]
+    embeds = [_prompt_embeds(pipeline, one, len(seeds)) for one in (prompt, negative_prompt)]
     shape = _latent_shape(pipeline, size)
     side, batches = shape[1] * vae_factor(pipeline.vae), range(0, len(seeds), batch_size)
     images = [torch.empty(0, 3, side, side, dtype=torch.uint8)]
@@ -379,3 +378,15 @@ def image_seeds(
 ) -> list[int]:
     "The seeds of n images."
     return [100_000 * seed + i for i in range(n)]
+
+# %% ../nbs/22_stable_diffusion.ipynb #c39a3f53
+def pipeline_sentences(
+    shapes: dict,  # parameters by part; latents, image: their shapes
+    images: dict[str, dict],  # prompt -> n
+) -> list[str]:
+    "The size of a pipeline's parts, and what it drew (§2.2)."
+    sizes = [f"{name.replace('_', ' ')} {n / 1e6:.1f}" for name, n in shapes["parameters"].items()]
+    latents, image = ("×".join(map(str, shapes[name])) for name in ("latents", "image"))
+    drawn = listed(f"{made['n']} for “{prompt}”" for prompt, made in images.items())
+    return [f"Parameters in millions: {', '.join(sizes)}. Latents of {latents} become images of {image}.",
+            f"Images drawn by the original model: {drawn}."]

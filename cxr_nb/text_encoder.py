@@ -6,7 +6,7 @@
 __all__ = ['ENCODERS', 'EXTRACTIONS', 'SIMILARITIES', 'EncoderSource', 'encoder_source', 'checkpoint_folder', 'TextEncoder',
            'projection_head', 'load_text_encoder', 'provenance', 'embed', 'retrieval_scores', 'dot_product', 'cosine',
            'chexpert_at_k', 'chance', 'bags_of_words', 'intersection_over_union', 'fit_tfidf_svd', 'embeddings_frame',
-           'read_of_reports', 'read_embeddings']
+           'read_of_reports', 'read_embeddings', 'encoder_sentences']
 
 # %% ../nbs/24_text_encoder.ipynb #aeed2725
 import re
@@ -22,9 +22,10 @@ import torch
 from tqdm.auto import tqdm
 
 from .checkpoints import WEIGHTS, commit_of, fill_network, find_checkpoint, load_network, load_tokenizer
-from .checkpoints import read_settings, read_tensors, split_place
+from .checkpoints import package_record, read_settings, read_tensors
 from .core import torch_device
-from .places import sha256
+from .places import sha256, split_place
+from .values import listed
 
 # %% ../nbs/24_text_encoder.ipynb #fda0ac4c
 @dataclass(frozen=True)
@@ -154,7 +155,8 @@ def _load_bert(folder, source):
 
 # %% ../nbs/24_text_encoder.ipynb #e45ed47b
 def load_text_encoder(
-    source: EncoderSource | str,  # or a name of ENCODERS, or "name=place" for any other
+    source: EncoderSource | str,  # or its name as tables show it
+    place: str = "",  # of a name: as `split_place` takes it; empty: that of ENCODERS
     device: str = "cpu",  # torch device, or "auto"
 ) -> TextEncoder:
     """Load one of the seven encoders, or any BERT or CLIP text encoder in their layout.
@@ -162,7 +164,7 @@ def load_text_encoder(
     Raises FileNotFoundError where files are not to be had and ValueError for a
     checkpoint that is no such encoder or lacks weights. No remote code runs.
     """
-    source = encoder_source(*source.split("=", 1)) if isinstance(source, str) else source
+    source = encoder_source(source, place) if isinstance(source, str) else source
     folder = checkpoint_folder(source)
     encoder = _load_clip(folder, source) if (folder / "text_encoder").is_dir() else _load_bert(folder, source)
     for module in (encoder.model, encoder.head):
@@ -172,14 +174,14 @@ def load_text_encoder(
 # %% ../nbs/24_text_encoder.ipynb #1e4f5da8
 def provenance(
     encoder: TextEncoder,  # as loaded
-) -> dict[str, object]:  # location, revision, weights_sha256, lower_case, max_length
+) -> dict[str, object]:  # location, revision, weights_sha256, lower_case, max_length; further keys of a package
     "What to record of a loaded encoder."
     source, folder = encoder.source, encoder.folder
     parts = [folder / part / name for part in (".", "text_encoder") for name in WEIGHTS]
     return {
         "location": source.location, "revision": commit_of(folder) or source.revision,
         "weights_sha256": sha256(next(path for path in parts if path.exists())),
-        "lower_case": source.lower_case, "max_length": encoder.max_length,
+        "lower_case": source.lower_case, "max_length": encoder.max_length, **package_record(source.location),
     }
 
 # %% ../nbs/24_text_encoder.ipynb #93952615
@@ -425,3 +427,14 @@ def read_embeddings(
     "Read one set's embeddings back; raises ValueError where they are of other reports."
     of = read_of_reports(path, reports).groupby("extraction", sort=False).embedding
     return {name: torch.from_numpy(np.stack(rows.loc[reports.study_id].to_list())) for name, rows in of}
+
+# %% ../nbs/24_text_encoder.ipynb #3c32446b
+def encoder_sentences(
+    encoders: list[dict],  # encoder, its name; cut: source -> number of impressions
+    reports: dict[str, int],  # source -> number of impressions
+) -> list[str]:
+    "The encoders, and how many impressions are longer than they read (§2.4)."
+    cut = [f"{one['encoder']} cuts {n} of {reports[source]} of {source}"
+           for one in encoders for source, n in one["cut"].items() if n]
+    return [f"Encoders: {listed(one['encoder'] for one in encoders)}, beside a bag of words.",
+            f"Impressions longer than an encoder reads: {'; '.join(cut) or 'none'}."]

@@ -6,7 +6,7 @@
 __all__ = ['COLUMNS', 'CONCEPTS', 'Concept', 'image_concepts', 'phrase', 'with_tokens', 'training_texts', 'read_variant',
            'initial_vectors', 'add_tokens', 'NewRows', 'set_vectors', 'token_ids', 'training_images',
            'few_shot_latents', 'inversion_loss', 'invert', 'vectors_along', 'save_tokens', 'load_tokens',
-           'inversion_record', 'inverted']
+           'inversion_record', 'inverted', 'stand_in_sentences']
 
 # %% ../nbs/26_textual_inversion.ipynb #18165e52
 import re
@@ -30,6 +30,7 @@ from .stable_diffusion import encode
 from .textual_projection import TEMPLATES
 from .trained_variants import trained_variant
 from .training import TrainingSettings, settings_record, train
+from .values import listed
 
 # %% ../nbs/26_textual_inversion.ipynb #75bb1db5
 @dataclass(frozen=True)
@@ -105,16 +106,18 @@ def training_texts(
 
 # %% ../nbs/26_textual_inversion.ipynb #90c93b50
 def read_variant(
-    variant: dict[str, str],  # templates, word, and levels, joined by +; "procedure" by default
+    variant: dict[str, str | list[str]],  # templates, word, and levels; the procedure by default
 ) -> tuple[str, str, list[str]]:  # kind of templates, initialising word, levels
     "The parts of a variant; raises ValueError for a variant that lacks one or has another."
-    kind, word = variant.get("templates", ""), variant.get("word", "")
-    levels = variant.get("levels", "procedure").split("+")
-    unknown = variant.keys() - {"templates", "word", "levels"} or set(levels) - {*COLUMNS}
-    if unknown or kind not in TEMPLATES or not re.fullmatch(r"[^,\s]+", word) or len(set(levels)) < len(levels):
+    kind, word, levels = variant.get("templates"), variant.get("word"), variant.get("levels", ["procedure"])
+    known = kind in [*TEMPLATES] and isinstance(word, str) and not variant.keys() - {"templates", "word", "levels"}
+    all_levels = (
+        isinstance(levels, list) and levels and not set(levels) - {*COLUMNS} and len(set(levels)) == len(levels)
+    )
+    if not (known and all_levels and re.fullmatch(r"[^,\s]+", word)):
         raise ValueError(
-            f"variant {variant}: takes templates ({' or '.join(TEMPLATES)}), word (one) and, if not procedure, "
-            f"levels (some of {', '.join(COLUMNS)} joined by +)"
+            f"variant {variant}: takes templates ({' or '.join(TEMPLATES)}), word (one) and, if not the procedure "
+            f"alone, levels (a list of some of {', '.join(COLUMNS)})"
         )
     return kind, word, levels
 
@@ -360,3 +363,13 @@ def inverted(
         return log, results, write
     made_of = inversion_record(pipeline, tokens, texts, settings, given)
     return trained_variant(folder, work, made_of, train, keep_checkpoints=True)
+
+# %% ../nbs/26_textual_inversion.ipynb #afa562f4
+def stand_in_sentences(
+    stand_ins: dict[str, str],  # initialising word -> the word that begins for it
+) -> list[str]:  # none where every word has a token
+    "The words that begin in the place of others."
+    begun = listed(f"“{other}” for “{word}”" for word, other in stand_ins.items())
+    return [
+        f"Training begins from other words where the tokenizer has no token for the initialising one: {begun}."
+    ] * bool(stand_ins)

@@ -6,7 +6,8 @@
 __all__ = ['TEMPLATES', 'VARIANTS', 'PROJECTION_FILE', 'RECORD_FILE', 'read_captions', 'split_captions', 'texts_of', 'Variant',
            'token_ids', 'hidden_states', 'aligned', 'in_domain_states', 'clip_states', 'check_widths', 'projection',
            'frozen_record', 'projection_loss', 'check_lengths', 'train_projection', 'held_out_errors',
-           'projection_scores', 'load_projection', 'steps_kept', 'trained_projection', 'prompt_states']
+           'projection_scores', 'load_projection', 'steps_kept', 'trained_projection', 'prompt_states',
+           'projection_sentences']
 
 # %% ../nbs/25_textual_projection.ipynb #9315dab4
 import hashlib
@@ -29,6 +30,7 @@ from .caches import run_frozen
 from .checkpointing import checkpoints, tensors_hash
 from .intervals import bootstrap_weights, no_width, percentile_interval
 from .places import written_whole
+from .tables import with_interval
 from .text_encoder import TextEncoder, provenance
 from .trained_variants import check_record, made_key, trained_variant
 from .training import TrainingSettings, settings_record, train
@@ -40,13 +42,15 @@ def read_captions(
 ) -> list[str]:
     "Captions of a file, blank ones left out; raises FileNotFoundError, and ValueError for what is no such file."
     path = Path(path)
-    if not path.is_file(): raise FileNotFoundError(f"captions: no file {path}")
+    if not path.is_file(): raise FileNotFoundError(f"caption_source: no file {path}")
     try:
         if path.suffix == ".parquet": lines = pd.read_parquet(path, columns=["caption"]).caption
         else: lines = path.read_text(encoding="utf-8").splitlines()
     except (ValueError, OSError) as error:  # UnicodeDecodeError, and pyarrow's, are ValueErrors
         why = message_of(error, 120)
-        raise ValueError(f"captions: {path} is neither UTF-8 text nor parquet with a column caption ({why})") from None
+        raise ValueError(
+            f"caption_source: {path} is neither UTF-8 text nor parquet with a column caption ({why})"
+        ) from None
     return [line.strip() for line in lines if line and line.strip()]
 
 # %% ../nbs/25_textual_projection.ipynb #e55d18c4
@@ -422,3 +426,18 @@ def prompt_states(
     if model[-1].out_features != width:
         raise ValueError(f"the projection gives {model[-1].out_features} numbers a token, the U-Net expects {width}")
     with torch.no_grad(): return model(states)
+
+# %% ../nbs/25_textual_projection.ipynb #9eb5b294
+def projection_sentences(
+    captions: dict,  # source; training and held_out: numbers of captions
+    scores: pd.DataFrame,  # variant, texts, measure, value, ci_low, ci_high
+) -> list[str]:
+    "What projections were trained on, and how near they come to CLIP's hidden states (§2.5)."
+    r2 = scores.query("measure == 'R²' and texts == 'captions'").set_index("variant")[["value", "ci_low", "ci_high"]]
+    names = dict.fromkeys([r2.value.idxmax(), *r2.index.intersection(["no projection"])])
+    first, *rest = [f"{name}, R² {with_interval(*r2.loc[name])}" for name in names]
+    return [
+        f"Texts: {captions['training']:,} captions ({captions['source']}), and {captions['held_out']:,} others to "
+        "measure on.",
+        f"On these, the nearest to CLIP's hidden states is {'; '.join([first, *rest])}.",
+    ]

@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from .tables import TABLE_COLUMNS, paper_view
+from .tables import TABLE_COLUMNS, other_ways, paper_view
 
 # %% ../nbs/09_views.ipynb #b9903796
 def places(
@@ -36,7 +36,9 @@ def in_digits(
     if decimals is not None: return paper_view(table, decimals)
     size = np.log10(table.measured.abs().where(table.measured != 0))
     by = min(("row", "column"), key=lambda name: size.groupby(table[name]).agg(np.ptp).mean())
-    parts = [paper_view(part, places(part.measured.fillna(part.published))) for _, part in table.groupby(by, sort=False)]
+    parts = [
+        paper_view(part, places(part.measured.fillna(part.published))) for _, part in table.groupby(by, sort=False)
+    ]
     return pd.concat(parts, axis=["row", "column"].index(by))
 
 # %% ../nbs/09_views.ipynb #88ab27a4
@@ -48,12 +50,8 @@ def count_column(
     return next((by for by in ("row", "column") if measured.groupby(by).n.nunique().max() == 1), "cell")
 
 # %% ../nbs/09_views.ipynb #b7526839
-def _row_columns(
-    table: pd.DataFrame,  # TABLE_COLUMNS, then further columns
-    also: list[str],  # further columns that hold one value per row
-    by: str,  # what `n` depends on
-) -> dict[str, pd.Series]:  # name -> value by row
-    "Columns that have one value per row; `n` of cells is a range."
+def _row_columns(table: pd.DataFrame, also: list[str], by: str) -> dict[str, pd.Series]:
+    "Columns that have one value per row, by name; `n` of cells is a range."
     measured = table[table.measured.notna()]
     columns = {name: table.groupby("row", sort=False)[name].first() for name in also if table[name].notna().any()}
     if by == "row": columns["n"] = measured.groupby("row").n.first().map("{:.0f}".format)
@@ -69,7 +67,9 @@ def paper_lines(
     also: list[str],  # further columns that hold one value per row
 ) -> dict:  # head: list of text; lines: (label, kind, cells); n: text; beside: whether anything is published
     "A long table in the paper's shape, with the number of observations where it belongs."
-    has, measured = table[["published", "measured"]].notna(), table[table.measured.notna()]
+    kinds = {"published": "published", "measured": "measured"}
+    kinds |= {f"measured_{way}": f"measured, {way}" for way in other_ways(table)}
+    has, measured = table[[*kinds]].notna().rename(columns=kinds), table[table.measured.notna()]
     view = in_digits(table, decimals).reindex(columns=table.column.unique()).fillna("–")
     present = {(row, kind) for kind in has for row in table.row[has[kind]]}
     by, beside = count_column(measured), bool(has.published.any())
@@ -87,10 +87,8 @@ def paper_lines(
     return {"head": head, "lines": lines, "n": total, "beside": beside}
 
 # %% ../nbs/09_views.ipynb #a5c87b27
-def _column_text(
-    values: pd.Series,
-) -> list[str]:  # empty where there is no value
-    "A column as text."
+def _column_text(values: pd.Series) -> list[str]:
+    "A column as text, empty where there is no value."
     if not pd.api.types.is_numeric_dtype(values) or values.dtype == bool:
         return ["" if pd.isna(value) else str(value) for value in values]
     whole = (values.dropna() % 1 == 0).all()
@@ -114,8 +112,14 @@ def constants(
 ) -> str:  # e.g. "threshold 0.5, judge judge_a"
     "Further columns that have one value in all measured rows."
     further = table[table.measured.notna()].drop(columns=[*TABLE_COLUMNS, "note"], errors="ignore")
-    values = {name: further[name].iloc[0] for name in further if len(further) and further[name].nunique(dropna=False) == 1}
-    text = {name: f"{value:.4g}" if isinstance(value, float) else str(value) for name, value in values.items() if pd.notna(value)}
+    values = {
+        name: further[name].iloc[0] for name in further if len(further) and further[name].nunique(dropna=False) == 1
+    }
+    text = {
+        name: f"{value:.4g}" if isinstance(value, float) else str(value)
+        for name, value in values.items()
+        if pd.notna(value)
+    }
     return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in text.items())
 
 # %% ../nbs/09_views.ipynb #ff390719
@@ -174,11 +178,18 @@ def table_views(
     "A table's parts as the template takes them."
     table, caption = pd.read_csv(path), description["caption"]
     if table.empty:
-        blank = {"head": [], "corner": "", "lines": [], "n": "", "beside": False, "cells": "numbers", "notes": [], "total": 0}
+        blank = {
+            "head": [], "corner": "", "lines": [], "n": "", "beside": False, "cells": "numbers", "notes": [],
+            "total": 0,
+        }
         return [blank | {"caption": caption, "footer": "Empty: too few images for a value.", "folded": False}]
     if "by" not in description: return [_table_view(table, description, caption, open_lines, most_lines)]
-    return [_table_view(part, description, f"{caption.removesuffix('.')} ({value})." if value else caption, open_lines, most_lines)
-            for value, part in table.groupby(description["by"], sort=False)]
+    return [
+        _table_view(
+            part, description, f"{caption.removesuffix('.')} ({value})." if value else caption, open_lines, most_lines
+        )
+        for value, part in table.groupby(description["by"], sort=False)
+    ]
 
 # %% ../nbs/09_views.ipynb #6e031621
 def inlined(

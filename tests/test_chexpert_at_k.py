@@ -61,8 +61,8 @@ def test_the_mean_over_random_embeddings_is_chance_in_every_class():
     labels = np.repeat(["a", "b", "c"], [20, 40, 140])
     runs = [chexpert_at_k(rng.normal(size=(200, 32)), labels, 5, "cosine") for _ in range(60)]
     for label, expected in chance(labels).items():
-        found = np.array([run[labels == label].mean() for run in runs])
-        assert abs(found.mean() - expected) < 4 * found.std() / 60**0.5 + 0.1
+        result = np.array([run[labels == label].mean() for run in runs])
+        assert abs(result.mean() - expected) < 4 * result.std() / 60**0.5 + 0.1
 
 
 def test_intersection_over_union_is_that_of_sets():

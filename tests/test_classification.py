@@ -36,14 +36,14 @@ def rows_of(scores, prompt="no", method="unet", variant="v", patients=None):
 def test_scores_are_scikit_learns():
     rng = np.random.default_rng(0)
     low, high = rng.random(40).round(1), rng.random(60).round(1)  # with ties
-    found = effusion_scores(rows_of(low), rows_of(high, "yes"), 0.4, draws=20).set_index("column")
+    result = effusion_scores(rows_of(low), rows_of(high, "yes"), 0.4, draws=20).set_index("column")
     labels, scores = np.repeat([0, 1], [40, 60]), np.r_[low, high]
     called = scores >= 0.4
     theirs = {"prevalence": 0.6, "auc": roc_auc_score(labels, scores), "accuracy": accuracy_score(labels, called), "f1": f1_score(labels, called),
               "precision": precision_score(labels, called), "recall": recall_score(labels, called)}
-    assert found.index.tolist() == SCORE_COLUMNS and (found.n == 100).all()
-    assert found.note.to_dict() == dict.fromkeys(SCORE_COLUMNS, "") | {"precision": f"{called.sum()} images called positive"}
-    for column, value in theirs.items(): assert found.measured[column] == pytest.approx(value), column
+    assert result.index.tolist() == SCORE_COLUMNS and (result.n == 100).all()
+    assert result.note.to_dict() == dict.fromkeys(SCORE_COLUMNS, "") | {"precision": f"{called.sum()} images called positive"}
+    for column, value in theirs.items(): assert result.measured[column] == pytest.approx(value), column
 
 
 @pytest.mark.parametrize("row", list(published("table_5").itertuples()), ids=lambda row: row.method)
@@ -53,30 +53,30 @@ def test_table_5_follows_from_counts(row):
     wrong = round(50 + 50 * (1 - 2 * row.accuracy)) - (50 - hits)  # errors are misses and false alarms
     low, high = np.full(50, 0.2), np.full(50, 0.2)
     low[:wrong], high[:hits] = 0.8, 0.8
-    found = effusion_scores(rows_of(low), rows_of(high, "yes"), draws=10).set_index("column").measured
-    assert found["accuracy"] == pytest.approx(row.accuracy, abs=0.0005) and found["f1"] == pytest.approx(row.f1, abs=0.0005)
-    assert np.nan_to_num(found["precision"]) == pytest.approx(row.precision, abs=0.0005)
+    result = effusion_scores(rows_of(low), rows_of(high, "yes"), draws=10).set_index("column").measured
+    assert result["accuracy"] == pytest.approx(row.accuracy, abs=0.0005) and result["f1"] == pytest.approx(row.f1, abs=0.0005)
+    assert np.nan_to_num(result["precision"]) == pytest.approx(row.precision, abs=0.0005)
 
 
 def test_the_interval_resamples_pairs_of_one_noise():
     rng = np.random.default_rng(1)
     noise = rng.normal(size=30)
     low, high = 1 / (1 + np.exp(-noise)), 1 / (1 + np.exp(-noise - rng.normal(0.5, 0.3, 30)))
-    found = effusion_scores(rows_of(low), rows_of(high, "yes"), draws=1500).set_index("column").loc["auc"]
+    result = effusion_scores(rows_of(low), rows_of(high, "yes"), draws=1500).set_index("column").loc["auc"]
     draws = [rng.integers(30, size=30) for _ in range(1500)]
     def auc(x, y): return (x[:, None] < y).mean() + (x[:, None] == y).mean() / 2
     paired = [auc(low[i], high[i]) for i in draws]
-    assert [found.ci_low, found.ci_high] == pytest.approx(np.quantile(paired, [0.025, 0.975]), abs=0.03)
+    assert [result.ci_low, result.ci_high] == pytest.approx(np.quantile(paired, [0.025, 0.975]), abs=0.03)
     apart = [auc(low[i], high[j]) for i, j in zip(draws, draws[1:])]
     width = np.diff(np.quantile(apart, [0.025, 0.975]))[0]
-    assert found.ci_high - found.ci_low < 0.8 * width  # noise in common makes the difference of the prompts surer
+    assert result.ci_high - result.ci_low < 0.8 * width  # noise in common makes the difference of the prompts surer
 
 
 def test_the_units_are_patients_and_noises():
     real = rows_of([0.1, 0.2, 0.3], method="real", patients=["a", "a", "b"])
     assert list(sampling_units(pd.concat([real, rows_of([0.1, 0.2])]))) == ["patient a", "patient a", "patient b", "noise 0", "noise 1"]
-    found = effusion_scores(real, rows_of([0.5] * 3, "yes"), draws=200).set_index("column")
-    assert found.ci_low["prevalence"] < 0.5 < found.ci_high["prevalence"]
+    result = effusion_scores(real, rows_of([0.5] * 3, "yes"), draws=200).set_index("column")
+    assert result.ci_low["prevalence"] < 0.5 < result.ci_high["prevalence"]
 
 
 def test_table_5_has_all_printed_cells_and_all_variants():
@@ -100,11 +100,11 @@ def test_comparisons_across_are_the_aucs_of_their_sets():
     sides = {"generated": [rows_of(rng.random(20)), rows_of(rng.random(20), "yes")],
              "real": [rows_of(rng.random(15), "no finding", "real", patients=[f"p{i}" for i in range(15)]),
                       rows_of(rng.random(12), "pleural effusion", "real", patients=[f"q{i}" for i in range(12)])]}
-    found = gap_scores(real=sides["real"], fake=sides["generated"], draws=20).set_index("column")
+    result = gap_scores(real=sides["real"], fake=sides["generated"], draws=20).set_index("column")
     for name, ((kind, i), (other, j)) in COMPARISONS.items():
         low, high = sides[kind][i].Effusion, sides[other][j].Effusion
-        assert found.measured[name] == pytest.approx(roc_auc_score(np.repeat([0, 1], [len(low), len(high)]), np.r_[low, high]))
-        assert found.n[name] == len(low) + len(high)
+        assert result.measured[name] == pytest.approx(roc_auc_score(np.repeat([0, 1], [len(low), len(high)]), np.r_[low, high]))
+        assert result.n[name] == len(low) + len(high)
 
 
 @pytest.mark.parametrize("lows, highs, verdict", [
@@ -122,11 +122,11 @@ def test_judges_differ_as_their_aucs_do():
     rng = np.random.default_rng(0)
     first = pd.concat([rows_of(rng.random(30)), rows_of(rng.random(30), "yes")], ignore_index=True)
     second = first.assign(Effusion=rng.random(60))
-    found = judge_differences(first, second.sample(frac=1, random_state=1), "yes", 0.3, draws=200).set_index("column")
+    result = judge_differences(first, second.sample(frac=1, random_state=1), "yes", 0.3, draws=200).set_index("column")
     labels = first.prompt == "yes"
-    assert found.measured["auc difference"] == pytest.approx(roc_auc_score(labels, second.Effusion) - roc_auc_score(labels, first.Effusion))
-    assert found.measured["called alike"] == pytest.approx(np.mean((first.Effusion >= 0.3) == (second.Effusion >= 0.3)))
-    assert (found.ci_low < found.measured).all() and (found.measured < found.ci_high).all()
+    assert result.measured["auc difference"] == pytest.approx(roc_auc_score(labels, second.Effusion) - roc_auc_score(labels, first.Effusion))
+    assert result.measured["called alike"] == pytest.approx(np.mean((first.Effusion >= 0.3) == (second.Effusion >= 0.3)))
+    assert (result.ci_low < result.measured).all() and (result.measured < result.ci_high).all()
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -162,8 +162,8 @@ def test_the_finding_alone_does_not_tell_domains_apart():
         rows_of(np.zeros(40), "pleural effusion", "real", patients=[f"q{i}" for i in range(40)]), rows_of(np.zeros(60)), rows_of(np.zeros(60), "yes")])
     finding = rows.prompt.isin(["pleural effusion", "yes"]).to_numpy(float)
     x = np.c_[2 * finding + rng.normal(0, 0.3, len(rows)), rng.normal(size=(len(rows), 2))]
-    found = domain_scores(rows, x, ["pleural effusion", "yes"], draws=100).set_index("column")
-    assert (found.measured - 0.5).abs().max() < 0.15
+    result = domain_scores(rows, x, ["pleural effusion", "yes"], draws=100).set_index("column")
+    assert (result.measured - 0.5).abs().max() < 0.15
     real, units = (rows.method == "real").to_numpy(int), sampling_units(rows)
     assert roc_auc_score(real, realness(x, real, np.zeros(len(rows)), units)) > 0.6, "without weights it would"
     far = domain_scores(rows, x + 3 * (1 - real)[:, None], ["pleural effusion", "yes"], draws=100).set_index("column")
@@ -176,12 +176,12 @@ def test_images_are_those_the_lists_name(tmp_path):
         path = tmp_path / f"images/unet/{name}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (40, 40), (200, 0, 0)).save(path)
-    found = generated_images(tmp_path, sets)
-    assert found.path.tolist() == ["images/unet/a_with_b/p/0000.png", "images/unet/a_with_b/p/0001.png", "images/unet/a_with_c/p/0000.png"]
-    assert read_images([tmp_path / path for path in found.path])[:, 0].min() == 200
-    Image.new("RGB", (40, 48)).save(tmp_path / found.path[1])
-    with pytest.raises(ValueError, match="a_with_b/p: images of 2 sizes"): read_images([tmp_path / path for path in found.path[:2]])
-    (tmp_path / found.path[1]).unlink()
+    result = generated_images(tmp_path, sets)
+    assert result.path.tolist() == ["images/unet/a_with_b/p/0000.png", "images/unet/a_with_b/p/0001.png", "images/unet/a_with_c/p/0000.png"]
+    assert read_images([tmp_path / path for path in result.path])[:, 0].min() == 200
+    Image.new("RGB", (40, 48)).save(tmp_path / result.path[1])
+    with pytest.raises(ValueError, match="a_with_b/p: images of 2 sizes"): read_images([tmp_path / path for path in result.path[:2]])
+    (tmp_path / result.path[1]).unlink()
     with pytest.raises(ValueError, match="a_with_b/p: holds 1 images, sets.csv says 2; draw them again"): generated_images(tmp_path, sets)
 
 
@@ -267,7 +267,7 @@ def test_a_set_of_more_images_than_four_digits_count(tmp_path):
     place.mkdir(parents=True)
     for i in range(n): (place / f"{i:04}.png").touch()
     sets = pd.DataFrame([["unet", "v", "no", "images/unet/v/no", n]], columns=["method", "variant", "prompt", "path", "n"])
-    found = generated_images(tmp_path, sets)
-    assert len(found) == n and (found.path == [f"images/unet/v/no/{i:04}.png" for i in found.image]).all() and found.path.iloc[-1].endswith("/10000.png")
+    result = generated_images(tmp_path, sets)
+    assert len(result) == n and (result.path == [f"images/unet/v/no/{i:04}.png" for i in result.image]).all() and result.path.iloc[-1].endswith("/10000.png")
     (place / "0500.png").rename(place / "10001.png")
     with pytest.raises(ValueError, match=r"holds 10001 images, sets.csv says 10001; draw them again \(0500.png, 10001.png\)"): generated_images(tmp_path, sets)

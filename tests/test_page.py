@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import threading
 from functools import partial
+from html import unescape
 from html.parser import HTMLParser
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
@@ -34,14 +35,14 @@ def made_up(tmp_path, monkeypatch):
     made = graph.Graph(dict(zip(profile, [*files, graph.Files([], [])])), {name: f"profile 'made' leaves {name} out" for name in others}, {})
     for module in (core, graph, page): monkeypatch.setattr(module, "graph", lambda name: made)
 
-    def leave(name, results, tables, figures, **parameters):
+    def leave(name, says, results, tables, figures, **parameters):
         run = core.Run(name, {"profile": "made", "__annotations__": {"profile": str}})
         run.parameters |= parameters
         for table, frame in tables.items(): run.write_csv(f"tables/{table}.csv", frame)
         for figure in figures:
             if figure == "chexpert_at_k": run.write_figure(figure, drawing())
             else: run.write(f"figures/{figure}.png", lambda p: Image.fromarray(noise()).save(p, "PNG"))
-        run.finish(**results)
+        run.finish(says=says, **results)
 
     def noise(): return np.random.default_rng(0).integers(0, 255, (90, 900, 3), dtype="uint8")
 
@@ -52,13 +53,11 @@ def made_up(tmp_path, monkeypatch):
         plt.close(figure)
         return figure
 
-    score = {"mean": 40.0, "ci_low": 30.0, "ci_high": 50.0}
-    study = {"source": "Open-i", "reports": 90, "classes": ["a", "b"], "chance": 49.4, "k": 10, "further": {}, "macro": {"bag_of_words": score, "CLIP": score}}
     rows = [["CLIP", "mean", 42.8, 41.234, 40.05, 42.5, 90], ["CLIP", "cls", 7.0, np.nan, np.nan, np.nan, 0], ["<b>ours</b>", "mean", np.nan, 0.5, 0.1, 0.9, 80]]
     table = pd.DataFrame(rows, columns=tables.TABLE_COLUMNS).assign(k=10, note="measured on few")
     long = pd.DataFrame({"part": [f"part {i}" for i in range(9)], "what": "x", "reached": np.arange(9) / 7})
-    leave("33_text_encoder_results", study, {"table_2": table}, ["chexpert_at_k", "chexpert_at_k_phantom_reports"])
-    leave("C_miniature", {"megabytes": 1.5, "minutes": {"vae": 2.0}}, {"miniature": long}, ["miniature_prompts"], folder=MODEL)
+    leave("33_text_encoder_results", ["CLIP reaches 41.2.", "A <b>bag</b> of words reaches 40."], {}, {"table_2": table}, ["chexpert_at_k", "chexpert_at_k_phantom_reports"])
+    leave("C_miniature", ["All weights are 1.5 MB."], {"megabytes": 1.5}, {"miniature": long}, ["miniature_prompts"], folder=MODEL)
 
     def make():
         run = core.Run("F_page", {"profile": "made", "__annotations__": {"profile": str}})
@@ -144,11 +143,31 @@ def test_the_miniature_is_marked_and_nothing_else(made_up):
         assert part.count('class="mark"') == (shown if part.startswith("sc") else 0), part[:20]
 
 
-def test_a_number_in_prose_comes_from_a_record(made_up):
+def part_of(html, number): return next(part for part in re.split(r'<section id="s', html)[1:] if part.startswith(f'{number}"'))
+
+
+def test_a_section_shows_the_sentences_of_its_records_and_no_others(made_up):
+    html, _, folder = made_up()
+    first = re.search(r"<ul>(.*?)</ul>", part_of(html, "3_3"))[1]
+    assert re.findall(r"<li>(.*?)</li>", first) == ["CLIP reaches 41.2.", "A &lt;b&gt;bag&lt;/b&gt; of words reaches 40."] and "<p>All weights are 1.5 MB.</p>" in part_of(html, "c")
+    path = folder / "records/C_miniature.json"
+    path.write_text(path.read_text().replace("are 1.5 MB", "are 77.25 MB"))
+    assert "<p>All weights are 77.25 MB.</p>" in made_up()[0]
+
+
+def test_a_record_from_before_sentences_were_kept_is_named_in_their_place(made_up):
     _, _, folder = made_up()
     path = folder / "records/C_miniature.json"
-    path.write_text(path.read_text().replace('"megabytes": 1.5', '"megabytes": 77.25'))
-    assert "77.25 MB" in made_up()[0]
+    record = json.loads(path.read_text())
+    path.write_text(json.dumps({key: value for key, value in record.items() if key != "says"}))
+    line = "records/C_miniature.json is from before records held sentences; cxr_nb run C_miniature --profile made"
+    assert f"<p>{line}</p>" in part_of(made_up()[0], "c")
+
+
+def test_the_page_says_in_its_own_record_how_it_begins(made_up):
+    html, about, _ = made_up()
+    assert about["says"] == ["Not asked: Nothing was adapted: profile 'made' leaves 35_classification_results out."]
+    assert "Nothing was adapted: profile &#39;made&#39; leaves 35_classification_results out." in html
 
 
 def test_what_is_missing_stops_the_page_with_the_notebooks_name(made_up):
@@ -193,6 +212,14 @@ def test_the_demos_page():
             told = [cells[row, value, str(column).replace("_", " ")] for row, column in zip(there.row, there.column)]
             assert [float(cell.split(" ")[0]) for cell in told] == pytest.approx(there[value].tolist(), abs=0.0501)
             assert [("[" in cell) for cell in told] == (there.ci_low.notna() & (value == "measured")).tolist()
+
+
+@committed
+def test_the_demos_page_shows_the_sentences_of_its_records():
+    text = unescape((DEMO / "report.html").read_text())
+    records = [json.loads(path.read_text()) for path in (DEMO / "records").glob("*.json") if path.stem != "F_page"]
+    lacking = [sentence for record in records for sentence in record.get("says", []) if sentence not in text]
+    assert not lacking
 
 
 @committed

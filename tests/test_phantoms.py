@@ -41,9 +41,9 @@ def cohort(tmp_path_factory):
 @pytest.mark.parametrize("side", [-1, 1])
 def test_a_finding_is_on_its_side(name, side):
     change, scene = difference(Finding(name, side, 0.6, "mid", seed=3))
-    own, other = (np.abs(change[scene.side == s]).sum() for s in (side, -side))
-    assert own > 0
-    if name not in (*MIDLINE, "granuloma"): assert own > 4 * other
+    same_side, other = (np.abs(change[scene.side == s]).sum() for s in (side, -side))
+    assert same_side > 0
+    if name not in (*MIDLINE, "granuloma"): assert same_side > 4 * other
 
 
 @pytest.mark.parametrize("name", ["Pleural Effusion", "Lung Opacity", "Consolidation", "Edema", "Lung Lesion", "Cardiomegaly", "Enlarged Cardiomediastinum", "Pleural Other"])
@@ -162,6 +162,6 @@ def test_a_report_alone_speaks_of_its_label_and_of_no_other(tmp_path):
     labels = single_label(read, "uncertain_positive_missing_negative")
     words = {"Pneumothorax": "pneumothorax", "Fracture": "fracture", "Edema": "edema", "Pneumonia": "pneumonia", "Cardiomegaly": "cardiomegaly"}
     for label, word in words.items():
-        said = texts.str.replace(rf"[^.]*\b(?:no|not|without)\b[^.]*\.", "", regex=True)  # denials aside
-        assert said[labels == label].str.contains(f"{word}|enlarge").all() and not said[labels != label].str.contains(word).any()
+        affirmed = texts.str.replace(rf"[^.]*\b(?:no|not|without)\b[^.]*\.", "", regex=True)  # denials aside
+        assert affirmed[labels == label].str.contains(f"{word}|enlarge").all() and not affirmed[labels != label].str.contains(word).any()
     assert not texts.str.contains("possible|questionable|cannot be excluded").any()

@@ -40,7 +40,7 @@ def report(tmp_path_factory, copy_project, run_in):
     for name, make in checkpoints.MAKERS.items(): make(folders / name)
     profile = copy / "nbs/profiles/smoke.yaml"
     encoders = ", ".join(f"{name}: {folders / name}" for name in checkpoints.MAKERS)
-    profile.write_text(profile.read_text().replace("encoders: {}", f"encoders: {{{encoders}}}").replace('figure_8: ""', "figure_8: CXR-BERT-specialized"))
+    profile.write_text(profile.read_text().replace("encoders: {", f"encoders: {{{encoders}, ").replace('figure_8: ""', "figure_8: CXR-BERT-specialized"))
     done = run_in(copy, "cxr_nb", "report", "--profile", "smoke", "--cores", 2)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return copy
@@ -72,7 +72,7 @@ def edited():
 
 def test_it_writes_what_was_agreed(report):
     out = report / "outputs/smoke"
-    for name in ("table_1", "table_2", "table_3", "table_2_phantom_reports", "table_3_phantom_reports", "table_5", "table_6", "reconstruction"):
+    for name in ("table_1", "table_2", "table_3", "table_2_phantom_reports", "table_3_phantom_reports", "table_2_open_i_rarer_classes", "table_3_open_i_rarer_classes", "table_5", "table_6", "reconstruction"):
         table = pd.read_csv(out / f"tables/{name}.csv")
         assert list(table)[:7] == tables.TABLE_COLUMNS
         measured = table[table.measured.notna()]
@@ -80,8 +80,8 @@ def test_it_writes_what_was_agreed(report):
         around = around[around.ci_low.notna()]  # a single patient of a kind has no interval
         assert len(around) and around.ci_low.le(around.measured).all() and around.ci_high.ge(around.measured).all()
         assert (measured.n > 0).all() and (table[table.measured.isna()].n == 0).all()
-    drawn = {"figure_2", "figure_8", "figure_6", "figure_7", "chexpert_at_k", "chexpert_at_k_phantom_reports", "text_evaluation_classes", "cohort_labels", "cohort_patients", "cohort_cooccurrence", "figure_3", "reconstruction_by_size", "miniature_losses", "textual_projection_loss", "textual_inversion_loss", "unet_losses", "generation_measures", "classification_roc", "classification_thresholds", "domain_gap", "claims"}
-    images = {"figure_1", "figure_4", "figure_5", "tsne", "tsne_phantom_reports", "classification_scores"}
+    drawn = {"figure_2", "figure_8", "figure_6", "figure_7", "chexpert_at_k", "chexpert_at_k_phantom_reports", "chexpert_at_k_open_i_rarer_classes", "clusters_all_minilm_l6_v2", "text_evaluation_classes", "cohort_labels", "cohort_patients", "cohort_cooccurrence", "figure_3", "reconstruction_by_size", "miniature_losses", "textual_projection_loss", "textual_inversion_loss", "unet_losses", "generation_measures", "classification_roc", "classification_thresholds", "domain_gap", "claims"}
+    images = {"figure_1", "figure_4", "figure_5", "tsne", "tsne_phantom_reports", "tsne_open_i_rarer_classes", "classification_scores"}
     sheets = {"images_original", "miniature_prompts", "phantoms", "phantom_findings", "cohort_sample_phantoms", "few_shot_candidates", "reconstruction_examples", "textual_projection_along", "textual_inversion_along", "few_shot", "unet_along_training", "images_unet", "nearest_training_images", "classification_extremes"}
     # numbered figures are PNG whatever they show
     for name in drawn | images: assert (out / f"figures/{name}.png").stat().st_size > 10_000 and (out / f"figures/{name}.svg").exists() == (name in drawn)

@@ -37,7 +37,7 @@ for i in range(steps):
 FINISH = """
 run.write("measures/steps.txt", lambda p: p.write_text(str(steps)))
 if steps == 3: raise ValueError("three is refused")
-run.finish(steps=steps);
+run.finish(says=['It ran.'], steps=steps);
 """
 
 

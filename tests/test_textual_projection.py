@@ -23,7 +23,7 @@ from cxr_nb.training import TrainingSettings, global_batch
 
 TEXTS = ["a lung", "small effusion, no edema", "There is a left pneumothorax", "Small pleural effusion", "lung . lung", "acute large right"]
 TOKEN, DOCUMENT, NONE = Variant("token"), Variant("document"), Variant("none")
-HOW = TrainingSettings(6, batch_size=4, learning_rate=0.01, seed=3, checkpoint_every=3, sample_every=2, device="cpu")
+SETTINGS = TrainingSettings(6, batch_size=4, learning_rate=0.01, seed=3, checkpoint_every=3, sample_every=2, device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -34,14 +34,14 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def clip(folder): return load_text_encoder(f"CLIP={folder}")
+def clip(folder): return load_text_encoder("CLIP", str(folder))
 
 
 @pytest.fixture(scope="module")
 def bert(tmp_path_factory):
     folder = tmp_path_factory.mktemp("encoders") / "cxr_bert"
     small.cxr_bert_specialized(folder)
-    return load_text_encoder(f"CXR-BERT-specialized={folder}")
+    return load_text_encoder("CXR-BERT-specialized", str(folder))
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ def trained(bert, clip, tmp_path_factory):
     "A finished token-level training: folder, log, projection, and the encoders' hashes before it."
     at = tmp_path_factory.mktemp("training")
     before = [tensors_hash(side.model.state_dict()) for side in (bert, clip)]
-    return at, *train_projection(bert, clip, TOKEN, TEXTS, HOW, at), before
+    return at, *train_projection(bert, clip, TOKEN, TEXTS, SETTINGS, at), before
 
 
 def test_the_gradient_reaches_the_projection_alone(bert, clip, trained):
@@ -72,23 +72,23 @@ def test_the_gradient_reaches_the_projection_alone(bert, clip, trained):
 def test_the_first_loss_is_the_formula_written_out(bert, clip, trained):
     at, log, *_ = trained
     w = {name: x.numpy().astype(float) for name, x in load_file(at / "projection_00000000.safetensors").items()}
-    some = [TEXTS[i] for i in global_batch(len(TEXTS), 4, 0, HOW.seed)]
+    some = [TEXTS[i] for i in global_batch(len(TEXTS), 4, 0, SETTINGS.seed)]
     hidden = in_domain_states(bert, clip, TOKEN, some).numpy() @ w["0.weight"].T + w["0.bias"]
     centred = hidden - hidden.mean(-1, keepdims=True)
     normed = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-5) * w["1.weight"] + w["1.bias"]
-    found = np.maximum(normed, 0) @ w["3.weight"].T + w["3.bias"]
-    assert log.loss[0] == pytest.approx(((found - clip_states(clip, "token", some).numpy()) ** 2).mean(), rel=1e-4)
+    result = np.maximum(normed, 0) @ w["3.weight"].T + w["3.bias"]
+    assert log.loss[0] == pytest.approx(((result - clip_states(clip, "token", some).numpy()) ** 2).mean(), rel=1e-4)
 
 
 def test_what_can_be_learnt_is_learnt(tmp_path):
     "CLIP projected onto itself, but for what a layer norm and a ReLU of 128 numbers lose; and six sentences by heart."
-    how = TrainingSettings(400, batch_size=2, learning_rate=0.01, schedule="cosine", device="cpu")
-    clip = load_text_encoder("CLIP=cxr_nb/miniature/stable_diffusion")
-    reports = load_text_encoder("Reports=cxr_nb/miniature/text_encoders/reports")
+    settings = TrainingSettings(400, batch_size=2, learning_rate=0.01, schedule="cosine", device="cpu")
+    clip = load_text_encoder("CLIP", "cxr_nb/miniature/stable_diffusion")
+    reports = load_text_encoder("Reports", "cxr_nb/miniature/text_encoders/reports")
     left = {}
     for side, variant, texts in ((clip, TOKEN, TEXTS[:2]), (reports, DOCUMENT, TEXTS)):
         at = tmp_path / variant.level
-        _, model = train_projection(side, clip, variant, texts, replace(how, batch_size=len(texts)), at, at / "states.safetensors")
+        _, model = train_projection(side, clip, variant, texts, replace(settings, batch_size=len(texts)), at, at / "states.safetensors")
         wanted = clip_states(clip, variant.level, texts)
         errors = held_out_errors(side, clip, variant, model, texts)
         left[variant.level] = errors.mse.mean() / (wanted - wanted.mean((0, 1))).square().mean().item()
@@ -106,7 +106,7 @@ def test_targets_are_what_the_pipeline_tells_its_unet(folder, clip):
 
 
 @pytest.mark.parametrize("text", [*TEXTS, "", "effusion" * 3 + "  , lung."])
-def test_a_word_is_told_by_the_token_that_holds_its_last_character(bert, clip, text):
+def test_a_word_has_the_state_of_the_token_with_its_last_character(bert, clip, text):
     "Against a search over all pairs of tokens, and hidden states of a text padded by hand."
     padded = bert.tokenizer(text, padding="max_length", max_length=200, return_offsets_mapping=True, return_tensors="pt")
     spans = padded.pop("offset_mapping")[0].tolist()
@@ -137,32 +137,32 @@ def test_a_killed_run_ends_with_the_same_bits(bert, clip, trained, tmp_path, mon
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr("cxr_nb.textual_projection.projection_loss", killed)
-        train_projection(bert, clip, TOKEN, TEXTS, HOW, tmp_path)
+        train_projection(bert, clip, TOKEN, TEXTS, SETTINGS, tmp_path)
     assert len(calls) == 4
-    log, again = train_projection(bert, clip, TOKEN, TEXTS, HOW, tmp_path)
+    log, again = train_projection(bert, clip, TOKEN, TEXTS, SETTINGS, tmp_path)
     assert tensors_hash(again.state_dict()) == tensors_hash(trained[2].state_dict())
     assert log.loss.tolist() == trained[1].loss.tolist()
 
 
 def test_a_checkpoint_of_another_configuration_is_refused(bert, clip, trained):
-    for variant, texts, said in [(TOKEN, TEXTS[::-1], r"configuration\[texts\]"), (DOCUMENT, TEXTS, r"configuration\[level\]"),
+    for variant, texts, message in [(TOKEN, TEXTS[::-1], r"configuration\[texts\]"), (DOCUMENT, TEXTS, r"configuration\[level\]"),
                                  (replace(TOKEN, alignment="positions"), TEXTS, r"configuration\[alignment\]")]:
-        with pytest.raises(ValueError, match=f"is of another configuration: .*{said}"):
-            train_projection(bert, clip, variant, texts, HOW, trained[0])
+        with pytest.raises(ValueError, match=f"is of another configuration: .*{message}"):
+            train_projection(bert, clip, variant, texts, SETTINGS, trained[0])
 
 
 def test_saved_and_loaded(bert, clip, tmp_path):
     place, work = tmp_path / "models/token", tmp_path / "work"
     for cache in (True, False):  # the same with and without, so it is not trained again
-        about = trained_projection(bert, clip, TOKEN, TEXTS, HOW, place, work, cache)
-        assert about["results"]["encoders_cached"] and not [p for p in work.iterdir() if p.is_dir()]
+        record = trained_projection(bert, clip, TOKEN, TEXTS, SETTINGS, place, work, cache)
+        assert record["results"]["encoders_cached"] and not [p for p in work.iterdir() if p.is_dir()]
     assert sorted(p.name for p in place.iterdir()) == ["along", "config.json", "log.csv", PROJECTION_FILE]
     assert steps_kept(place) == [0, 2, 4, 6] and len(pd.read_csv(place / "log.csv")) == 6
     opened, states = load_projection(place, bert), torch.randn(2, 77, pipelines.WIDTH)
     assert not any(p.requires_grad for p in opened.parameters())
     assert torch.equal(opened(states), load_projection(place, bert, 6)(states))
     assert not torch.equal(opened(states), load_projection(place, bert, 2)(states))
-    trained_projection(bert, clip, replace(TOKEN, hidden_layers=3), TEXTS, HOW, place, work)
+    trained_projection(bert, clip, replace(TOKEN, hidden_layers=3), TEXTS, SETTINGS, place, work)
     assert len(load_projection(place, bert)) == 10, "another configuration takes its place"
     with pytest.raises(ValueError, match="translates the states of .*cxr_bert, not those of CLIP"): load_projection(place, clip)
     with pytest.raises(FileNotFoundError, match="no projection was kept at step 5"): load_projection(place, bert, 5)
@@ -170,30 +170,30 @@ def test_saved_and_loaded(bert, clip, tmp_path):
     with pytest.raises(ValueError, match="is missing or not what was trained; train it again"): load_projection(place, bert)
 
 
-def test_a_damaged_variant_is_said_and_trained_again_alone(bert, clip, tmp_path, monkeypatch):
-    done, settings = [], replace(HOW, steps=2)
+def test_a_damaged_variant_is_reported_and_trained_again_alone(bert, clip, tmp_path, monkeypatch):
+    done, settings = [], replace(SETTINGS, steps=2)
     def counted(*given):
         log, model = train_projection(*given)
         done.append(len(log))
         return log, model
     monkeypatch.setattr("cxr_nb.textual_projection.train_projection", counted)
     def run(name): return trained_projection(bert, clip, TOKEN, TEXTS, settings, tmp_path / name, tmp_path / "work")
-    about, other = run("a"), run("b")
+    record, other = run("a"), run("b")
     def flip(path): path.write_bytes(path.read_bytes()[:-1] + bytes([path.read_bytes()[-1] ^ 1]))
     for name, spoil in [(PROJECTION_FILE, type(tmp_path).unlink), (PROJECTION_FILE, flip), ("config.json", type(tmp_path).unlink),
                         ("log.csv", flip), ("along/projection_00000002.safetensors", flip)]:
         spoil(tmp_path / "a" / name)
         done.clear()
         with pytest.warns(UserWarning, match="a: is not a whole training .*; it is trained again"): again = run("a")
-        assert again["sha256"] == about["sha256"] and done == [2], name
+        assert again["sha256"] == record["sha256"] and done == [2], name
         assert run("b") == other and run("a") == again and done == [2]
 
 
 def test_widths_may_differ(clip, wide, tmp_path):
     for variant in (TOKEN, DOCUMENT):
-        _, model = train_projection(wide, clip, variant, TEXTS, HOW, tmp_path / variant.level)
+        _, model = train_projection(wide, clip, variant, TEXTS, SETTINGS, tmp_path / variant.level)
         assert prompt_states(wide, clip, variant, model, "a lung").shape == (1, 1 if variant is DOCUMENT else 77, pipelines.WIDTH)
-        trained_projection(wide, clip, variant, TEXTS, HOW, tmp_path / "saved", tmp_path / "work")
+        trained_projection(wide, clip, variant, TEXTS, SETTINGS, tmp_path / "saved", tmp_path / "work")
         assert load_projection(tmp_path / "saved", wide)[0].weight.shape == (16, 32)
 
 
@@ -211,9 +211,9 @@ def test_the_unchanged_pipeline_draws_from_it(folder, bert, clip, variant):
     prompt_embeds, negative_prompt_embeds = (prompt_states(bert, clip, variant, model, text) for text in ("Small effusion", ""))
     noise = torch.randn(1, pipelines.CHANNELS, pipelines.SIDE, pipelines.SIDE, generator=torch.Generator().manual_seed(5))
     wanted = pipeline(prompt_embeds=prompt_embeds, negative_prompt_embeds=negative_prompt_embeds, num_inference_steps=3, latents=noise, output_type="np").images
-    drawn = sample(pipeline, prompt_embeds, [5, 6], steps=3, unconditional=negative_prompt_embeds)
+    drawn = sample(pipeline, prompt_embeds, [5, 6], steps=3, negative_prompt=negative_prompt_embeds)
     assert (drawn[:1].permute(0, 2, 3, 1) - torch.from_numpy(wanted * 255).round()).abs().max() <= 1
-    alone = sample(pipeline, prompt_embeds, [6], steps=3, unconditional=negative_prompt_embeds)
+    alone = sample(pipeline, prompt_embeds, [6], steps=3, negative_prompt=negative_prompt_embeds)
     assert (drawn[1:].int() - alone.int()).abs().max() <= 1 and not torch.equal(drawn[0], drawn[1])
 
 
@@ -221,11 +221,11 @@ def test_scores_against_scikit_learn(bert, clip):
     torch.manual_seed(0)
     model = projection(16, 16)
     errors = held_out_errors(bert, clip, DOCUMENT, model, TEXTS * 2, batch_size=5)  # here no target is constant
-    scores, found = projection_scores(errors).set_index("measure"), model(in_domain_states(bert, clip, DOCUMENT, TEXTS * 2)).detach()
+    scores, result = projection_scores(errors).set_index("measure"), model(in_domain_states(bert, clip, DOCUMENT, TEXTS * 2)).detach()
     wanted = clip_states(clip, "document", TEXTS * 2)
-    r2 = r2_score(wanted[:, 0].double(), found[:, 0].double(), multioutput="variance_weighted")
+    r2 = r2_score(wanted[:, 0].double(), result[:, 0].double(), multioutput="variance_weighted")
     assert scores.value["R²"] == pytest.approx(r2, rel=1e-3) and scores.n.tolist() == [12] * 3
-    assert scores.value["MSE"] == pytest.approx(F.mse_loss(found, wanted).item(), rel=1e-4)
+    assert scores.value["MSE"] == pytest.approx(F.mse_loss(result, wanted).item(), rel=1e-4)
     assert (scores.ci_low < scores.value).all() and (scores.value < scores.ci_high).all()
 
 
@@ -250,10 +250,10 @@ def test_cut_texts_are_their_beginning(bert, clip):
 def test_texts_of_a_kind():
     captions = [f"A painting of a {i}" for i in range(240)]
     for kind, templates in TEMPLATES.items():
-        found = texts_of(captions, kind, seed=1)
-        assert [text.rsplit(" ", 1)[1] for text in found] == [str(i) for i in range(240)] and "painting" not in " ".join(found)
-        assert {text.rsplit(" ", 1)[0] + " {}" for text in found} == set(templates), "every variant is used"
-        assert found == texts_of(captions, kind, seed=1) != texts_of(captions, kind, seed=2)
+        result = texts_of(captions, kind, seed=1)
+        assert [text.rsplit(" ", 1)[1] for text in result] == [str(i) for i in range(240)] and "painting" not in " ".join(result)
+        assert {text.rsplit(" ", 1)[0] + " {}" for text in result} == set(templates), "every variant is used"
+        assert result == texts_of(captions, kind, seed=1) != texts_of(captions, kind, seed=2)
 
 
 def test_bad_input_is_one_clear_line(bert, clip, wide, tmp_path):
@@ -265,12 +265,12 @@ def test_bad_input_is_one_clear_line(bert, clip, wide, tmp_path):
         "no projection: CXR-BERT-specialized is 32 wide, the U-Net expects 16": lambda: prompt_states(wide, clip, NONE, None, "a lung"),
         "the U-Net expects 768; take an encoder of that width": lambda: check_widths(wide, 768, NONE),
         "the projection gives 64 numbers a token, the U-Net expects 16": lambda: prompt_states(bert, clip, TOKEN, projection(16, 64), "a"),
-        "tokens; CLIP reads 77: shorten it": lambda: train_projection(bert, clip, DOCUMENT, long, HOW, tmp_path / "a"),
+        "tokens; CLIP reads 77: shorten it": lambda: train_projection(bert, clip, DOCUMENT, long, SETTINGS, tmp_path / "a"),
         "tokens; CXR-BERT-specialized reads 77: shorten it": lambda: prompt_states(bert, clip, NONE, None, "small " * 80),
         "tokens; CXR-BERT-specialized reads 512: shorten it": lambda: prompt_states(bert, clip, DOCUMENT, projection(16, 16), "small " * 520),
         "CXR-BERT-specialized reads 40 tokens, the U-Net takes 77": lambda: in_domain_states(few, clip, TOKEN, ["a"]),
-        "no projection: there is nothing to train": lambda: train_projection(bert, clip, NONE, TEXTS, HOW, tmp_path / "a"),
-        "captions: no file": lambda: read_captions(tmp_path / "none.txt"),
+        "no projection: there is nothing to train": lambda: train_projection(bert, clip, NONE, TEXTS, SETTINGS, tmp_path / "a"),
+        "caption_source: no file": lambda: read_captions(tmp_path / "none.txt"),
         "bytes.txt is neither UTF-8 text nor parquet": lambda: read_captions(tmp_path / "bytes.txt"),
         "other.parquet is neither UTF-8 text nor parquet": lambda: read_captions(tmp_path / "other.parquet"),
         "there are 1 different ones; lower training_captions": lambda: split_captions(["a", "A"], 1, 1),
@@ -279,9 +279,9 @@ def test_bad_input_is_one_clear_line(bert, clip, wide, tmp_path):
         "alignment is 'words'; it takes one of characters, positions": lambda: Variant("token", alignment="words"),
         "holds no projection": lambda: load_projection(tmp_path, bert),
     }
-    for said, bad in cases.items():
+    for message, bad in cases.items():
         with pytest.raises((ValueError, FileNotFoundError)) as error: bad()
-        assert said in str(error.value) and "\n" not in str(error.value)
+        assert message in str(error.value) and "\n" not in str(error.value)
 
 
 def test_names_are_those_of_table_4():

@@ -21,7 +21,7 @@ from cxr_nb.diffusion import denoising_losses, diffusion_loss, noise_record, tra
 from cxr_nb.training import LOG, TrainingSettings, train
 
 torch.set_num_threads(1)  # sums depend on it
-HOW = {"batch_size": 4, "learning_rate": 0.02, "schedule": "cosine", "warmup": 5, "accumulation": 2, "ema": 0.95, "seed": 3, "device": "cpu"}
+SETTINGS = {"batch_size": 4, "learning_rate": 0.02, "schedule": "cosine", "warmup": 5, "accumulation": 2, "ema": 0.95, "seed": 3, "device": "cpu"}
 
 
 def small_net():
@@ -37,7 +37,7 @@ def small_run(folder, steps=60, pause=0.0, spoil=None, **settings):
         if spoil: spoil(len(batch["x"]))
         return F.mse_loss(net(batch["x"]), batch["y"])
     data = records({"x": x, "y": x.prod(1, keepdim=True)})
-    log = train(net, loss, data, TrainingSettings(steps, **(HOW | settings)), Path(folder))
+    log = train(net, loss, data, TrainingSettings(steps, **(SETTINGS | settings)), Path(folder))
     return net.state_dict(), log
 
 
@@ -57,7 +57,7 @@ def everything(folder):
     return flat({key: part for key, part in saved.items() if key != "sha256"})  # which holds the seconds too
 
 
-def step_of(folder): return int(found[-1].stem.split("_")[1]) if (found := checkpoints(folder)) else 0
+def step_of(folder): return int(result[-1].stem.split("_")[1]) if (result := checkpoints(folder)) else 0
 
 
 def same(a, b):
@@ -116,9 +116,9 @@ def noisy_run(folder, accumulation=1, spoiled=-1):
     def compute():
         with open(f"{folder}.computed", "a") as file: file.write("once\n")
         return {"x": x}
-    how = {"batch_size": 8, "learning_rate": 0.02, "accumulation": accumulation, "ema": 0.9, "seed": 5, "device": "cpu"}
+    options = {"batch_size": 8, "learning_rate": 0.02, "accumulation": accumulation, "ema": 0.9, "seed": 5, "device": "cpu"}
     data = records(cached(folder.with_suffix(".safetensors"), {}, compute))
-    log = train(net, loss, data, TrainingSettings(30, checkpoint_every=10, **how), folder)
+    log = train(net, loss, data, TrainingSettings(30, checkpoint_every=10, **options), folder)
     return net.state_dict(), log
 
 
@@ -148,28 +148,28 @@ def test_two_processes_give_what_one_gives(server, tmp_path):
     for name, value in weights.items(): torch.testing.assert_close(first[name], value, rtol=1e-4, atol=1e-5)
     assert (tmp_path / "two.computed").read_text() == "once\n", "the second process reads what the first has made"
     for rank in (0, 1):
-        said = (tmp_path / f"error_{rank}").read_text()
-        assert "the loss is nan at step 13" in said and str(tmp_path / "bad/step_00000010.pt") in said
+        message = (tmp_path / f"error_{rank}").read_text()
+        assert "the loss is nan at step 13" in message and str(tmp_path / "bad/step_00000010.pt") in message
     with pytest.raises(ValueError, match="processes is 2 there and 1 here"): noisy_run(tmp_path / "two", accumulation=2)
 
 
-def test_a_damaged_checkpoint_is_said_and_the_one_before_serves(tmp_path):
-    how = {"steps": 12, "checkpoint_every": 3, "keep": 3}
-    whole, _ = small_run(tmp_path, **how)
-    said, (oldest, middle, last) = "{}: is no whole checkpoint .*; delete {}, and training {}$", checkpoints(tmp_path)
+def test_a_damaged_checkpoint_is_reported_and_the_one_before_serves(tmp_path):
+    options = {"steps": 12, "checkpoint_every": 3, "keep": 3}
+    whole, _ = small_run(tmp_path, **options)
+    message, (oldest, middle, last) = "{}: is no whole checkpoint .*; delete {}, and training {}$", checkpoints(tmp_path)
     def damage(path): path.write_bytes(path.read_bytes()[:1000])
     damage(last)
-    with pytest.raises(ValueError, match=said.format(last, "it", f"goes on from {middle.name}")): small_run(tmp_path, **how)
+    with pytest.raises(ValueError, match=message.format(last, "it", f"goes on from {middle.name}")): small_run(tmp_path, **options)
     damage(middle)
-    with pytest.raises(ValueError, match=said.format(last, f"it and {middle.name}", f"goes on from {oldest.name}")): small_run(tmp_path, **how)
+    with pytest.raises(ValueError, match=message.format(last, f"it and {middle.name}", f"goes on from {oldest.name}")): small_run(tmp_path, **options)
     for path in (middle, last): path.unlink()
-    same(small_run(tmp_path, **how)[0], whole)
+    same(small_run(tmp_path, **options)[0], whole)
     for path in (oldest, middle): path.unlink(missing_ok=True)
     damage(last)
     for path in checkpoints(tmp_path)[:-1]: path.unlink()
-    with pytest.raises(ValueError, match=said.format(last, "it", "begins anew: there is no other that is whole")): small_run(tmp_path, **how)
+    with pytest.raises(ValueError, match=message.format(last, "it", "begins anew: there is no other that is whole")): small_run(tmp_path, **options)
     last.unlink()
-    same(small_run(tmp_path, **how)[0], whole)
+    same(small_run(tmp_path, **options)[0], whole)
 
 
 def places_of(saved):
@@ -194,8 +194,8 @@ def finished(tmp_path_factory):
     return checkpoints(folder)[-1].read_bytes()
 
 
-def refused(folder, said):
-    with pytest.raises(ValueError, match=said) as error: small_run(folder, steps=6)
+def refused(folder, message):
+    with pytest.raises(ValueError, match=message) as error: small_run(folder, steps=6)
     assert "\n" not in str(error.value) and "step_00000006.pt" in str(error.value)
 
 
@@ -257,7 +257,7 @@ def test_no_flipped_bit_of_the_file_changes_the_weights(tmp_path, finished):
 def test_a_checkpoint_of_other_settings_is_refused(tmp_path, change):
     small_run(tmp_path, steps=6)
     name, value = next(iter(change.items()))
-    there = 6 if name == "steps" else HOW.get(name, "no")
+    there = 6 if name == "steps" else SETTINGS.get(name, "no")
     with pytest.raises(ValueError, match=f"is of another configuration: {name} is {there!r} there and {value!r} here; take another"):
         small_run(tmp_path, **({"steps": 6} | change))
     small_run(tmp_path, steps=6, checkpoint_every=2, keep=3)  # these change nothing in the result
@@ -285,16 +285,16 @@ def test_only_trained_weights_change_and_are_kept(tmp_path):
 def test_samples_show_the_average_and_disturb_nothing(tmp_path):
     net, x = small_net(), torch.randn(13, 3)
     seen, data = {}, records({"x": x})
-    how = {"batch_size": 4, "learning_rate": 0.1, "ema": 0.9, "device": "cpu", "checkpoint_every": 2, "keep": 9}
+    options = {"batch_size": 4, "learning_rate": 0.1, "ema": 0.9, "device": "cpu", "checkpoint_every": 2, "keep": 9}
     def sample(step):
         seen[step] = net[0].weight.clone(); random.random(); torch.rand(5)
-    log = train(net, lambda b: net(b["x"]).square(), data, TrainingSettings(6, sample_every=2, **how), tmp_path / "seen", sample=sample)
+    log = train(net, lambda b: net(b["x"]).square(), data, TrainingSettings(6, sample_every=2, **options), tmp_path / "seen", sample=sample)
     for path in checkpoints(tmp_path / "seen"):
         saved = torch.load(path)
         assert torch.equal(seen[saved["step"]], saved["average"][0]) and not torch.equal(saved["average"][0], saved["weights"]["0.weight"])
     assert torch.equal(net[0].weight, seen[6])
     net = small_net()
-    again = train(net, lambda b: net(b["x"]).square(), data, TrainingSettings(6, **how), tmp_path / "unseen")
+    again = train(net, lambda b: net(b["x"]).square(), data, TrainingSettings(6, **options), tmp_path / "unseen")
     assert again.loss.tolist() == log.loss.tolist()
 
 
@@ -305,7 +305,7 @@ def test_what_would_fit_is_found_with_room_for_the_optimizer(tmp_path, monkeypat
     def short(n):
         tried.append(n)
         if n > 2: raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried")
-    with pytest.raises(torch.OutOfMemoryError, match="at step 1 with 8 samples at a time; 2 would fit: set accumulation to 8 for the same batch_size of 16, or batch_size to 4"):
+    with pytest.raises(torch.OutOfMemoryError, match="at step 1 with 8 samples at a time; 2 would fit: set accumulation to 8 for the same batch of 16, or take batches of 4"):
         small_run(tmp_path, batch_size=16, spoil=short)
     assert tried == [8, 4, 2] and sum(held) == 2 * 2 * sum(p.numel() for p in small_net().parameters())
     def never(n): raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
@@ -345,11 +345,11 @@ class SmallUNet(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.mix, self.told = nn.Conv2d(3, 2, 3, padding=1), nn.Linear(5, 2)
+        self.mix, self.from_text = nn.Conv2d(3, 2, 3, padding=1), nn.Linear(5, 2)
 
     def forward(self, noisy, timesteps, states):
         time = (timesteps / 1000)[:, None, None, None].expand(-1, 1, *noisy.shape[2:])
-        return SimpleNamespace(sample=self.mix(torch.cat([noisy, time], 1)) + self.told(states.mean(1))[..., None, None])
+        return SimpleNamespace(sample=self.mix(torch.cat([noisy, time], 1)) + self.from_text(states.mean(1))[..., None, None])
 
 
 class Schedule:

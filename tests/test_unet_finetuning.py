@@ -26,7 +26,7 @@ from cxr_nb.unet_finetuning import (
 
 PIXELS = pipelines.SIDE * pipelines.FACTOR
 PROMPTS = {"no finding": "a lung", "pleural effusion": "a lung with water", "class": "lung"}
-HOW = TrainingSettings(6, batch_size=2, learning_rate=1e-3, seed=3, device="cpu")
+SETTINGS = TrainingSettings(6, batch_size=2, learning_rate=1e-3, seed=3, device="cpu")
 PRIOR = VARIANTS["no findings and abnormality, with prior"]
 
 
@@ -45,7 +45,7 @@ def saved(source, images, tmp_path_factory):
     "A whole variant with prior and an adapter, trained and saved."
     folder = tmp_path_factory.mktemp("models")
     for name, variant in {"prior": PRIOR, "lora": Variant(tuple(CONCEPTS), lora_rank=2)}.items():
-        finetuned(source, variant, images, PROMPTS, replace(HOW, learning_rate=0.02), folder / name, folder / "work")
+        finetuned(source, variant, images, PROMPTS, replace(SETTINGS, learning_rate=0.02), folder / name, folder / "work")
     return folder
 
 
@@ -60,9 +60,9 @@ def same(a, b):
     return [name for name, x in a.items() if not torch.equal(x, b[name])] == []
 
 
-def tuned(source, variant, images, folder, settings=HOW, prompts=PROMPTS, scheduler="", **how):
+def tuned(source, variant, images, folder, settings=SETTINGS, prompts=PROMPTS, scheduler="", **options):
     pipeline = load_pipeline(source, scheduler=scheduler)
-    log, n = finetune(pipeline, variant, training_samples(variant, images, prompts), prompts, settings, folder, **how)
+    log, n = finetune(pipeline, variant, training_samples(variant, images, prompts), prompts, settings, folder, **options)
     return pipeline, log, n
 
 
@@ -82,7 +82,7 @@ def test_plain_diffusers_opens_it_and_all_but_the_unet_is_bit_identical(source, 
 def test_the_original_model_is_not_written_to(source, images, tmp_path):
     "Its weights are mapped from its files, and trained in place."
     before = {path: sha256(path) for path in Path(source).rglob("*.safetensors")}
-    tuned(source, PRIOR, images, tmp_path, replace(HOW, learning_rate=0.1))
+    tuned(source, PRIOR, images, tmp_path, replace(SETTINGS, learning_rate=0.1))
     assert {path: sha256(path) for path in before} == before
 
 
@@ -105,7 +105,7 @@ def test_an_adapter_is_what_diffusers_adds_to_the_original_model(source, saved):
 
 
 def test_the_adapter_saved_is_the_one_trained(source, images, saved, tmp_path):
-    mine, *_ = tuned(source, Variant(tuple(CONCEPTS), lora_rank=2), images, tmp_path, replace(HOW, learning_rate=0.02))
+    mine, *_ = tuned(source, Variant(tuple(CONCEPTS), lora_rank=2), images, tmp_path, replace(SETTINGS, learning_rate=0.02))
     theirs = open_finetuned(saved / "lora", source)
     drawn = sample(mine, "a lung", [1, 2], steps=3)
     assert (drawn.int() - sample(theirs, "a lung", [1, 2], steps=3).int()).abs().max() <= 1
@@ -135,10 +135,10 @@ def test_the_first_loss_is_the_formula_written_out(source, images, tmp_path):
             states = pipeline.text_encoder(words).last_hidden_state
             return ((unet(kept.sqrt() * latents + (1 - kept).sqrt() * noise, t, states).sample - noise) ** 2).mean().item()
     samples, losses = list(zip(images["pleural effusion"][[0, 1, 0, 1]], images["drawn"])), []
-    for p, i in enumerate(global_batch(4, 2, 0, HOW.seed)):
-        own, other = samples[i]
-        losses.append(error(own, "a lung with water", [3, 0, p, 1]) + weight * error(other, "lung", [3, 0, p, 2]))
-    _, log, _ = tuned(source, replace(PRIOR, prior_weight=weight), images, tmp_path, replace(HOW, steps=1))
+    for p, i in enumerate(global_batch(4, 2, 0, SETTINGS.seed)):
+        few_shot, other = samples[i]
+        losses.append(error(few_shot, "a lung with water", [3, 0, p, 1]) + weight * error(other, "lung", [3, 0, p, 2]))
+    _, log, _ = tuned(source, replace(PRIOR, prior_weight=weight), images, tmp_path, replace(SETTINGS, steps=1))
     assert log.loss[0] == pytest.approx(np.mean(losses), rel=1e-4)
 
 
@@ -148,7 +148,7 @@ def test_cached_is_as_uncached_and_runs_the_frozen_parts_once(source, images, tm
     _, first, _ = tuned(source, PRIOR, images, tmp_path / "a")
     assert sum(ran) == 2 * 4, "four pairs"
     _, again, _ = tuned(source, PRIOR, images, tmp_path / "b", cache=False)
-    assert sum(ran) == 2 * 4 + 2 * 2 * HOW.steps
+    assert sum(ran) == 2 * 4 + 2 * 2 * SETTINGS.steps
     assert again.loss.tolist() == pytest.approx(first.loss.tolist(), rel=1e-4)
 
 
@@ -166,13 +166,13 @@ def test_a_models_own_schedule_is_trained_by_and_recorded(source, images, tmp_pa
         pipeline.scheduler = DDPMScheduler.from_config(load_pipeline(source).scheduler.config, **stated)
         records.append(finetuning_record(pipeline, PRIOR, samples, PROMPTS))
         at = tmp_path / str(len(records))
-        records[-1]["loss"] = finetune(pipeline, PRIOR, samples, PROMPTS, replace(HOW, steps=1), at)[0].loss[0]
+        records[-1]["loss"] = finetune(pipeline, PRIOR, samples, PROMPTS, replace(SETTINGS, steps=1), at)[0].loss[0]
     assert len({json.dumps(record) for record in records}) == 3 and records[1]["loss"] != records[2]["loss"]
 
 
 @pytest.mark.parametrize("rank", [0, 2])
 def test_interrupted_it_ends_the_same_and_is_not_trained_twice(source, images, tmp_path, rank):
-    variant, settings = Variant(tuple(CONCEPTS), lora_rank=rank), replace(HOW, checkpoint_every=2, sample_every=2)
+    variant, settings = Variant(tuple(CONCEPTS), lora_rank=rank), replace(SETTINGS, checkpoint_every=2, sample_every=2)
     def look(pipeline): return {"a lung": sample(pipeline, "a lung", [0], steps=2)[0]}
     def stop(pipeline):
         stop.calls += 1
@@ -207,29 +207,29 @@ def test_it_learns_its_images(source, images, tmp_path):
         schedule, seeds = DDPMScheduler.from_config(pipeline.scheduler.config), torch.tensor([[99, i, 0, 0] for i in range(64)])
         with torch.no_grad(): return denoising_losses(pipeline.unet, schedule, mean, std, states, seeds).mean().item()
     before = error(load_pipeline(source))
-    pipeline, *_ = tuned(source, VARIANTS["no findings"], one, tmp_path, replace(HOW, steps=30, batch_size=8, learning_rate=5e-3))
+    pipeline, *_ = tuned(source, VARIANTS["no findings"], one, tmp_path, replace(SETTINGS, steps=30, batch_size=8, learning_rate=5e-3))
     assert error(pipeline) < 0.9 * before
 
 
 def test_a_checkpoint_of_another_configuration_is_refused(source, images, tmp_path):
     variant = Variant(tuple(CONCEPTS), lora_rank=2)
-    tuned(source, variant, images, tmp_path, replace(HOW, steps=1))
-    def again(**change): return lambda: tuned(**({"source": source, "variant": variant, "images": images, "folder": tmp_path, "settings": replace(HOW, steps=1)} | change))
-    for change, said in [
-        ({"settings": replace(HOW, steps=2)}, "steps is 1 there and 2 here"),
+    tuned(source, variant, images, tmp_path, replace(SETTINGS, steps=1))
+    def again(**change): return lambda: tuned(**({"source": source, "variant": variant, "images": images, "folder": tmp_path, "settings": replace(SETTINGS, steps=1)} | change))
+    for change, message in [
+        ({"settings": replace(SETTINGS, steps=2)}, "steps is 1 there and 2 here"),
         ({"variant": VARIANTS["no findings and abnormality"]}, r"configuration\[variant\] is"),
         ({"prompts": PROMPTS | {"no finding": "lung"}}, r"configuration\[frozen\] is"),
         ({"images": images | {"no finding": images["no finding"].flip(-1)}}, r"configuration\[frozen\] is"),
     ]:
-        with pytest.raises(ValueError, match=f"is of another configuration: .*{said}.*; take another folder"): again(**change)()
+        with pytest.raises(ValueError, match=f"is of another configuration: .*{message}.*; take another folder"): again(**change)()
     assert len(checkpoints(tmp_path)) == 1
 
 
 def steps_counted(monkeypatch, module):
     "The trainings that a module does, by their number of steps."
     real, done = getattr(module, "finetune"), []
-    def counted(*given, **how):
-        log, n = real(*given, **how)
+    def counted(*given, **options):
+        log, n = real(*given, **options)
         done.append(len(log))
         return log, n
     monkeypatch.setattr(module, "finetune", counted)
@@ -242,21 +242,21 @@ def flip(path):
     path.write_bytes(bent)
 
 
-def test_a_damaged_variant_is_said_and_trained_again_alone(source, images, tmp_path, monkeypatch, recwarn):
-    settings = replace(HOW, steps=1, sample_every=1)
+def test_a_damaged_variant_is_reported_and_trained_again_alone(source, images, tmp_path, monkeypatch, recwarn):
+    settings = replace(SETTINGS, steps=1, sample_every=1)
     def look(pipeline): return {"a lung": sample(pipeline, "a lung", [0], steps=2)[0]}
     def run(name): return finetuned(source, VARIANTS["no findings"], images, PROMPTS, settings, tmp_path / name, tmp_path / "work", look)
-    about, other, done = run("m"), run("n"), steps_counted(monkeypatch, unet_finetuning)
-    assert read_record(tmp_path / "m", RECORD_FILE, about["made_of"]) == about == json.loads((tmp_path / "m/training.json").read_text())
-    assert run("m") == about and done == []
+    record, other, done = run("m"), run("n"), steps_counted(monkeypatch, unet_finetuning)
+    assert read_record(tmp_path / "m", RECORD_FILE, record["made_of"]) == record == json.loads((tmp_path / "m/training.json").read_text())
+    assert run("m") == record and done == []
     untouched = {path: path.stat().st_mtime_ns for path in (tmp_path / "n").rglob("*")}
     for name, spoil in [("unet/diffusion_pytorch_model.safetensors", flip), ("log.csv", Path.unlink), ("samples/000001/a_lung/0000.png", flip),
                         ("unet/config.json", Path.unlink), ("training.json", Path.unlink), ("training.json", flip)]:
         spoil(tmp_path / "m" / name)
         done.clear(); recwarn.clear()
-        assert run("m")["sha256"] == about["sha256"] and done == [1], name
-        said = [str(w.message) for w in recwarn if "is not a whole training" in str(w.message)]
-        assert len(said) == 1 and str(tmp_path / "m") in said[0] and said[0].endswith("it is trained again"), name
+        assert run("m")["sha256"] == record["sha256"] and done == [1], name
+        messages = [str(w.message) for w in recwarn if "is not a whole training" in str(w.message)]
+        assert len(messages) == 1 and str(tmp_path / "m") in messages[0] and messages[0].endswith("it is trained again"), name
         assert run("n") == other and done == [1]
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "n").rglob("*")} == untouched
     assert sorted(p.name for p in tmp_path.iterdir()) == ["m", "n", "work"]
@@ -264,7 +264,7 @@ def test_a_damaged_variant_is_said_and_trained_again_alone(source, images, tmp_p
 
 def test_two_runs_in_one_folder_both_end(source, images, tmp_path, monkeypatch):
     "A second run of the same saves, and clears the checkpoints, while the first is about to save."
-    given = source, VARIANTS["no findings"], images, PROMPTS, replace(HOW, steps=1), tmp_path / "m", tmp_path / "work"
+    given = source, VARIANTS["no findings"], images, PROMPTS, replace(SETTINGS, steps=1), tmp_path / "m", tmp_path / "work"
     save, ended = trained_variants.save_variant, []
     def later(*rest):
         monkeypatch.setattr(trained_variants, "save_variant", save)
@@ -283,8 +283,8 @@ def test_the_image_whose_latents_are_not_finite_is_named_and_nothing_kept(source
         mean, std = encode(vae, x)
         return mean, std.masked_fill((x == images["drawn"][3]).flatten(1).all(1)[:, None, None, None], float("nan"))
     monkeypatch.setattr("cxr_nb.unet_finetuning.encode", broken)
-    said = r"the VAE's standard deviation of the class sample is not finite for sample 3 \(image 3 of 'pleural effusion'\)"
-    with pytest.raises(ValueError, match=said): tuned(source, PRIOR, images, tmp_path, cache=cache)
+    message = r"the VAE's standard deviation of the class sample is not finite for sample 3 \(image 3 of 'pleural effusion'\)"
+    with pytest.raises(ValueError, match=message): tuned(source, PRIOR, images, tmp_path, cache=cache)
     assert not list(tmp_path.rglob("*.*"))
 
 
@@ -312,14 +312,14 @@ def test_few_shot_folders(tmp_path):
     def read(first, size=32, concepts=CONCEPTS):
         rows = pd.DataFrame({"concept": list(concepts), "source": "X", "image_path": [first, "gray.png"][: len(concepts)]})
         return few_shot_images(rows, {"X": tmp_path}, size)
-    found = read("colour.png")
-    assert {x.shape for x in found.values()} == {(1, 3, 32, 32)} and {x.dtype for x in found.values()} == {torch.uint8}
+    result = read("colour.png")
+    assert {x.shape for x in result.values()} == {(1, 3, 32, 32)} and {x.dtype for x in result.values()} == {torch.uint8}
     middle = Image.open(tmp_path / "colour.png").convert("L").crop((25, 0, 65, 40)).resize((32, 32), Image.Resampling.BICUBIC)
     inner = np.s_[:, 2:-2]  # at the cut the pixels beyond it count too
-    assert np.abs(found["no finding"][0].numpy()[0][inner] - np.asarray(middle)[inner].astype(int)).max() <= 1
-    assert torch.equal(found["no finding"][0, 0], found["no finding"][0, 2])
-    for name, said in {"palette.png": "has a colour palette", "deep.png": "has more than 8 bits", "text.png": "is no PNG or JPEG"}.items():
-        with pytest.raises(ValueError, match=f"{name}: {said}"): read(name)
+    assert np.abs(result["no finding"][0].numpy()[0][inner] - np.asarray(middle)[inner].astype(int)).max() <= 1
+    assert torch.equal(result["no finding"][0, 0], result["no finding"][0, 2])
+    for name, message in {"palette.png": "has a colour palette", "deep.png": "has more than 8 bits", "text.png": "is no PNG or JPEG"}.items():
+        with pytest.raises(ValueError, match=f"{name}: {message}"): read(name)
     with pytest.raises(FileNotFoundError, match="none.png: no such image file"): read("none.png")
     with pytest.raises(ValueError, match="colour.png: has 40 pixels on a side, training takes 48; lower size"): read("colour.png", 48)
     with pytest.raises(ValueError, match="few-shot images: none shows 'pleural effusion'"): read("gray.png", concepts=["no finding"])
