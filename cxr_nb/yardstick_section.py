@@ -138,7 +138,8 @@ def chance_sentences(
 ) -> list[str]:
     "What re-identification gives for a model that never saw the training images."
     rows = table[(table.row == original) & table.column.str.startswith(MEASURE_WORDS["reidentified"])]
-    numbers = listed([f"{one.column} {with_interval(one.measured, one.ci_low, one.ci_high)}" for one in rows.itertuples()])
+    ends = rows[["measured", "ci_low", "ci_high"]].to_numpy(float)
+    numbers = listed([f"{column} {with_interval(*three)}" for column, three in zip(rows.column, ends)])
     return [f"{original} never saw the {training} training images, and has {numbers}."] * bool(len(rows))
 
 # %% ../nbs/G_yardstick.ipynb #ea9ff805
