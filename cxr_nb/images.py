@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['MIN_SIDE', 'MAX_PIXELS', 'NEGATIVE', 'DICOM', 'MIN_POLARITY', 'FLAT', 'ASPECT_RATIOS', 'MAX_BORDER', 'MAX_COLOUR',
-           'COLOURED', 'is_dicom', 'first_dicom', 'open_radiograph', 'load_radiograph', 'image_problems', 'polarity',
-           'inverted_images', 'border_share', 'colour_share', 'exclusion_reason', 'contact_sheet']
+           'COLOURED', 'is_dicom', 'first_dicom', 'open_radiograph', 'middle_square', 'load_radiograph',
+           'image_problems', 'polarity', 'inverted_images', 'border_share', 'colour_share', 'exclusion_reason',
+           'contact_sheet']
 
 # %% ../nbs/02_images.ipynb #c6cbfbea
 import os
@@ -140,14 +141,22 @@ def open_radiograph(
     if refused: raise ValueError(f"{path}: {refused}")
     return ImageOps.invert(image) if negative else image
 
+# %% ../nbs/02_images.ipynb #59994514
+def middle_square(
+    image: Image.Image,  # as returned by open_radiograph
+    size: int,  # pixels a side
+) -> np.ndarray:  # (size, size) grey levels, 0 to 255, uint8
+    "The middle square of an image as grey levels, by luminance where it has colour."
+    return np.asarray(ImageOps.fit(image.convert("L"), (size, size), Image.Resampling.BICUBIC))
+
 # %% ../nbs/02_images.ipynb #f504c112
 def load_radiograph(
     path: Path,  # a PNG or JPEG file
     size: int | None = None,  # pixels a side of the middle square; the whole image as it is by default
 ) -> np.ndarray:  # (height, width) grey levels, 0 to 255, uint8
     "Read an image as grey levels, by luminance where it has colour; raises what `open_radiograph` raises."
-    image = open_radiograph(path).convert("L")
-    return np.asarray(image if size is None else ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC))
+    image = open_radiograph(path)
+    return np.asarray(image.convert("L")) if size is None else middle_square(image, size)
 
 # %% ../nbs/02_images.ipynb #d24bdeee
 def _problem(path, decode):

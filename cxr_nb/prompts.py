@@ -95,6 +95,7 @@ _ASKED = r"(?:[0,]*,t+|[Fv,eqt]*)E[EFv,eqt]*[0,eqt]*"  # nothing before it is ne
 # %% ../nbs/22_prompts.ipynb #d1db0517
 def read_kinds(
     kinds: str,  # of a prompt's words
+    alone: bool = True,  # whether a prompt that asks for another finding is no prompt without a finding
 ) -> str | None:  # a key of CONCEPTS; None: left open
     "What words of such kinds ask for."
     one_side = "s" in re.sub(r"[nx][dyseo]*[EFv]", "", kinds)  # besides "no left effusion"
@@ -105,7 +106,7 @@ def read_kinds(
     parts = [part for part in re.split("[;b]", kinds) if "E" in part]
     if re.search(_OPEN, kinds) or not all(re.fullmatch(_ASKED, part) for part in parts): return None
     if parts: return None if "q" in kinds or denied and not ("b" in kinds and sides > 1) else "pleural effusion"
-    return None if "F" in kinds or denied and one_side else "no finding"
+    return None if alone and "F" in kinds or denied and one_side else "no finding"
 
 # %% ../nbs/22_prompts.ipynb #45d1a8e7
 def given_findings(
