@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['SPREAD', 'unit_samples', 'bootstrap_weights', 'percentile_interval', 'mean_of_splits', 'no_width', 'alike_interval',
-           'group_means', 'units_by_group', 'group_mean_intervals', 'score_intervals', 'score_differences', 'jackknife',
-           'over_trainings', 'trainings_table']
+           'share_interval', 'group_means', 'units_by_group', 'group_mean_intervals', 'score_intervals',
+           'score_differences', 'jackknife', 'over_trainings', 'trainings_table']
 
 # %% ../nbs/02_intervals.ipynb #7fa609cb
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import pandas as pd
-from scipy.stats import t
+from scipy.stats import beta, t
 
 from .metrics import SCORES, labelled_scores, weighted_scores
 
@@ -83,6 +83,18 @@ def alike_interval(
     least, most = bounds
     differ = 1 - ((1 - level) / 2) ** (1 / units)
     return value - differ * (value - least), value + differ * (most - value)
+
+# %% ../nbs/02_intervals.ipynb #8ecd61f5
+def share_interval(
+    count: int,  # of those that have something
+    n: int,  # of all, each independent of the others
+    level: float = 0.95,  # of the interval
+) -> tuple[float, float]:  # its ends; NaN where n is 0
+    "Clopper and Pearson's interval of a share."
+    if not n: return np.nan, np.nan
+    tail = (1 - level) / 2
+    low = beta.ppf(tail, count, n - count + 1) if count else 0.0
+    return float(low), float(beta.ppf(1 - tail, count + 1, n - count) if count < n else 1.0)
 
 # %% ../nbs/02_intervals.ipynb #0b9af97f
 def group_means(

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['RESIZE', 'SHAPE', 'OUTPUTS', 'unit_images', 'image_batches', 'Classifier', 'build_classifier', 'save_classifier',
            'load_classifier', 'probabilities', 'layer_features', 'Extractor', 'classifier_extractor',
-           'efficientnet_lite0', 'load_extractor', 'load_extractors', 'feature_batches', 'features',
-           'extraction_record']
+           'probability_extractor', 'efficientnet_lite0', 'load_extractor', 'load_extractors', 'feature_batches',
+           'features', 'extraction_record']
 
 # %% ../nbs/04_judges.ipynb #4b0cfcae
 import json
@@ -319,6 +319,14 @@ def classifier_extractor(
     resize = f"{RESIZE}, to {classifier.image_size}"
     def embed(images): return classifier.model.features2(_model_input(classifier, images))
     return Extractor(classifier.name, resize, embed)
+
+# %% ../nbs/04_judges.ipynb #8e4100c9
+def probability_extractor(
+    classifier: Classifier,  # as loaded
+) -> Extractor:
+    "The probabilities of a classifier's outputs in the place of features."
+    resize = f"{RESIZE}, to {classifier.image_size}"
+    return Extractor(f"judge {classifier.name}", resize, lambda images: _probabilities(classifier, images))
 
 # %% ../nbs/04_judges.ipynb #e31c885a
 def _inception(layer, device):
