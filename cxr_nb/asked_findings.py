@@ -10,7 +10,6 @@ import re
 from functools import cache
 
 import numpy as np
-import pandas as pd
 
 from .cohorts import CHEXPERT_LABELS
 from .prompts import read_kinds, word_kinds

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WEIGHTS', 'choose_files', 'files_in', 'is_place', 'package_folder', 'NotAsAnnounced', 'find_checkpoint', 'commit_of',
            'package_record', 'read_settings', 'load_quietly', 'check_finite', 'load_network', 'read_tensors',
-           'fill_network', 'load_tokenizer']
+           'fill_network', 'load_tokenizer', 'downloaded']
 
 # %% ../nbs/03_checkpoints.ipynb #b054933c
 import json
@@ -454,3 +454,23 @@ def load_tokenizer(
     tokenizer = load_quietly(kind, folder, f"{what}: its tokenizer", **settings)
     if len(tokenizer) in sizes: return tokenizer
     raise ValueError(f"{what}: its tokenizer knows {len(tokenizer)} tokens, not {sizes[0]:,} to {sizes[-1]:,}")
+
+# %% ../nbs/03_checkpoints.ipynb #9a3a8c28
+def downloaded(
+    url: str,
+    folder: Path,  # where it lies, or is put
+    what: str,  # asks for it, for messages
+) -> Path:  # of the file
+    "A file of the url's name in a folder, fetched where it is not there; raises FileNotFoundError without a network."
+    from torchxrayvision.utils import download
+    path = Path(folder) / url.rsplit("/", 1)[1]
+    if path.exists(): return path
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        download(url, str(path))
+    except OSError as error:  # of the network or the disk
+        raise FileNotFoundError(
+            f"{what}: {path.name} is not here and could not be fetched ({type(error).__name__}); "
+            f"where there is a network download {url} and put it into {path.parent}"
+        ) from None
+    return path

@@ -474,7 +474,8 @@ def nearest_sentences(
         clear = "clear" if one["clear"] else "not clear"
         agree = "; ".join(f"by {listed(names)} it is {best}" for best, names in others.items()) or "all extractors name it"
         sentences.append(
-            f"“{prompt}”: {one['best']} has the lowest Fréchet distance on {extractor}, {one['measured']:.3g} ({clear} of all "
+            f"“{prompt}”: {one['best']} has the lowest Fréchet distance on {extractor}, {one['measured']:.3g} "
+            f"({clear} of all "
             f"other methods; real images have {one['floor']:.3g}); {agree}.")
     return sentences
 

@@ -254,5 +254,6 @@ def domain_sentence(
     floors = [row for row in ("real halves", "VAE") if row in set(domain.row)]
     return (
         f"A classifier on features of {extractor} separates generated images from real ones with an AUC of "
-        f"{_aucs_of(domain, 'domain', rows)}; what it makes of real images alone is {_aucs_of(domain, 'domain', floors)}."
+        f"{_aucs_of(domain, 'domain', rows)}; what it makes of real images alone is "
+        f"{_aucs_of(domain, 'domain', floors)}."
     )

@@ -6,8 +6,6 @@
 __all__ = ['MAX_WHITE', 'NEAR_DUPLICATE', 'FAULTS', 'FAULT_COLUMNS', 'nearest', 'list_faults', 'fault_shares', 'same_pixels']
 
 # %% ../nbs/19_image_faults.ipynb #e3506720
-from collections.abc import Sequence
-
 import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm

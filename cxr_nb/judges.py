@@ -26,7 +26,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
-from .checkpoints import fill_network, find_checkpoint, is_place, load_network, package_record, read_settings
+from .checkpoints import downloaded, fill_network, find_checkpoint, is_place, load_network, package_record
+from .checkpoints import read_settings
 from .core import torch_device
 from .places import lacking_package, model_name, packages_of, sha256, slugs, split_place, written_whole
 from .values import in_one_line, message_of
@@ -134,22 +135,6 @@ def save_classifier(
     with written_whole(folder / "model.safetensors") as path: save_file(weights, path)
     with written_whole(folder / "config.json") as path: path.write_text(json.dumps(config, indent=1), encoding="utf-8")
 
-# %% ../nbs/04_judges.ipynb #9a3a8c28
-def _downloaded(url, folder, what):
-    "A file of this name in the folder, fetched where it is not there."
-    from torchxrayvision.utils import download
-    path = Path(folder) / url.rsplit("/", 1)[1]
-    if path.exists(): return path
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        download(url, str(path))
-    except OSError as error:  # of the network or the disk
-        raise FileNotFoundError(
-            f"{what}: {path.name} is not here and could not be fetched ({type(error).__name__}); "
-            f"where there is a network download {url} and put it into {path.parent}"
-        ) from None
-    return path
-
 # %% ../nbs/04_judges.ipynb #914c3699
 class _Shell(torch.nn.Module):
     "Stands in for any class or function a pickle names: it holds tensors and does nothing."
@@ -201,7 +186,7 @@ def _published_classifier(name):
     "One of torchxrayvision's DenseNets."
     from torchxrayvision import models, utils
     published, what = models.model_urls[name], f"classifier {name}"
-    path = _downloaded(published["weights_url"], utils.get_cache_dir(), what)
+    path = downloaded(published["weights_url"], utils.get_cache_dir(), what)
     saved = _opened(path, what, weights_only=False, pickle_module=_READER)
     model = models.DenseNet(weights=None)
     try:
@@ -335,7 +320,7 @@ def _inception(layer, device):
     from torchmetrics.image.fid import NoTrainInceptionV3
     name = "inception" if layer == "2048" else f"inception-{layer}"
     what = f"extractor {name}"
-    path = _downloaded(URL_INCEPTION_V3, Path(torch.hub.get_dir()) / "checkpoints", what)
+    path = downloaded(URL_INCEPTION_V3, Path(torch.hub.get_dir()) / "checkpoints", what)
     if sha256(path)[:8] != path.stem[-8:]:
         raise ValueError(f"{what}: {path} is not whole (its name has another hash); delete it and download it again")
     _opened(path, what, weights_only=True)  # the class below opens it without this care

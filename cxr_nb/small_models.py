@@ -203,8 +203,8 @@ def train_bpe(
 KEPT_WORDS = (
     "a photo of a lung xray with a visible pleural effusion radiology radiograph radiography chest lungs style image "
     "rendering good bad clean dirty dark picture cropped close up bright rendition nice weird large small cool my the "
-    "of in it painting depiction depicting showing finding findings abnormality abnormal normal procedure patient medical "
-    "photo photograph photography illustration"
+    "of in it painting depiction depicting showing finding findings abnormality abnormal normal procedure patient "
+    "medical photo photograph photography illustration"
 )
 
 # %% ../nbs/C_small_models.ipynb #abcc9016

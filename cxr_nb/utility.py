@@ -12,11 +12,10 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from .alignment import sides_of
 from .image_scan import Scan
 from .intervals import score_intervals
 from .metrics import disjoint_halves
-from .yardstick import FEWEST, Sampling, row_of
+from .yardstick import FEWEST, Sampling, row_of, sides_of
 
 # %% ../nbs/31_utility.ipynb #987e314e
 def trained_scores(

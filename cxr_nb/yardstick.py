@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ROW_COLUMNS', 'ALL', 'VERDICTS', 'FEWEST', 'PROMPTS', 'OF_PROMPT', 'CONTROL', 'SQUARE', 'verdict', 'row_of',
-           'Sampling', 'Picked', 'Side', 'estimate_rows', 'check_enough', 'matched', 'frechet_measure', 'distance_rows',
-           'prompt_groups', 'diversity_rows', 'held_out', 'copying_rows', 'reidentification_rows']
+           'Sampling', 'Picked', 'Side', 'estimate_rows', 'check_enough', 'matched', 'sides_of', 'frechet_measure',
+           'distance_rows', 'prompt_groups', 'diversity_rows', 'held_out', 'copying_rows', 'reidentification_rows']
 
 # %% ../nbs/30_yardstick.ipynb #e38cfeee
 from collections.abc import Callable, Sequence
@@ -16,8 +16,8 @@ import numpy as np
 import pandas as pd
 import torch
 
-from .generation import COPYING, MEASURES, bounded, copying_measures, distribution_measures, mean_likeness
-from .generation import ms_ssim, reference_sizes, split_floor
+from .generation import COPYING, MEASURES, bounded, copying_measures, distribution_measures, ms_ssim
+from .generation import reference_sizes, split_floor
 from .image_faults import nearest
 from .image_scan import Scan
 from .images import load_radiograph
@@ -161,6 +161,16 @@ def matched(
     sizes = control, min(reference, most or reference)
     chosen = rng.permutation(len(fake))[: sizes[0]]
     return fake[chosen], real[disjoint_halves(real.units, sizes, rng)[1]], sizes
+
+# %% ../nbs/30_yardstick.ipynb #3be89dab
+def sides_of(
+    label: str,  # one of CHEXPERT_LABELS
+    rows: pd.DataFrame,  # with labels
+) -> tuple[np.ndarray, np.ndarray]:  # positions of negatives and of positives
+    "Images that a finding tells apart; what is unknown or open is on neither side."
+    positive = (rows[label] == 1).to_numpy()
+    negative = ((rows[label] == 0) | (rows["No Finding"] == 1)).to_numpy() & ~positive
+    return np.flatnonzero(negative), np.flatnonzero(positive)
 
 # %% ../nbs/30_yardstick.ipynb #0d706689
 def _moments(features, rows=4096):
