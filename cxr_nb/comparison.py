@@ -472,7 +472,8 @@ def nearest_sentences(
         for name, other in by_extractor.items(): others.setdefault(other["best"], []).append(name)
         others.pop(one["best"])
         clear = "clear" if one["clear"] else "not clear"
-        agree = "; ".join(f"by {listed(names)} it is {best}" for best, names in others.items()) or "all extractors name it"
+        agree = "; ".join(f"by {listed(names)} it is {best}" for best, names in others.items())
+        agree = agree or "all extractors name it"
         sentences.append(
             f"“{prompt}”: {one['best']} has the lowest Fréchet distance on {extractor}, {one['measured']:.3g} "
             f"({clear} of all "

@@ -218,6 +218,7 @@ def new_clip(vocabulary):
         vocab_size=vocabulary, hidden_size=WIDTH, intermediate_size=4 * WIDTH, num_hidden_layers=4,
         num_attention_heads=4, projection_dim=WIDTH, max_position_embeddings=77, hidden_act="quick_gelu",
         bos_token_id=vocabulary - 2, eos_token_id=vocabulary - 1, pad_token_id=vocabulary - 1,
+        use_attention_mask=True,
     ))
     tower = ResNetModel(ResNetConfig(
         num_channels=3, embedding_size=24, hidden_sizes=[24, 48, 96, 192], depths=[1, 1, 1, 1], layer_type="basic"

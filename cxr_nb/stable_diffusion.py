@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['COMPONENTS', 'SCHEDULERS', 'components_folder', 'load_component', 'load_scheduler', 'load_pipeline',
            'components_record', 'vae_factor', 'encode', 'decode', 'generators', 'seeded_noise', 'draw_latents', 'gray',
-           'to_bytes', 'encoder_hidden_states', 'check_steps', 'sample', 'write_images', 'keep_set', 'component_shapes',
-           'image_seeds', 'pipeline_sentences']
+           'to_bytes', 'encoder_hidden_states', 'attention_mask', 'check_steps', 'sample', 'write_images', 'keep_set',
+           'component_shapes', 'image_seeds', 'pipeline_sentences']
 
 # %% ../nbs/22_stable_diffusion.ipynb #b37b6889
 import copy
@@ -240,6 +240,16 @@ def encoder_hidden_states(
     if length > (most := pipeline.text_encoder.config.max_position_embeddings):
         raise ValueError(f"the prompt {prompt[:60]!r} has {length} tokens; the text encoder reads {most}: shorten it")
     return pipeline.encode_prompt(prompt, pipeline.device, 1, False)[0]
+
+# %% ../nbs/22_stable_diffusion.ipynb #2f18cfb3
+def attention_mask(
+    text_encoder,  # a CLIPTextModel
+    input_ids: torch.Tensor,  # (n, tokens) padded
+) -> torch.Tensor | None:  # of the same shape, 1 up to the first end of the text; None: all tokens are attended to
+    "What a text encoder attends to, by `use_attention_mask` of its config, as diffusers' `encode_prompt` has it."
+    if not getattr(text_encoder.config, "use_attention_mask", False): return None
+    ends = (input_ids == text_encoder.config.eos_token_id).int()
+    return (ends.cumsum(-1) - ends == 0).int()
 
 # %% ../nbs/22_stable_diffusion.ipynb #72e9db62
 def _rehearsed(scheduler, steps):

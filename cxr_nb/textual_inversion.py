@@ -26,7 +26,7 @@ from .checkpointing import tensors_hash
 from .diffusion import diffusion_loss, noise_record, training_noise_scheduler
 from .images import load_radiograph, open_radiograph
 from .places import slugs, written_whole
-from .stable_diffusion import encode
+from .stable_diffusion import attention_mask, encode
 from .textual_projection import TEMPLATES
 from .trained_variants import trained_variant
 from .training import TrainingSettings, settings_record, train
@@ -190,7 +190,7 @@ class NewRows(nn.Module):
 
     def forward(self, input_ids):  # (n, tokens) to (n, tokens, width): the text encoder's hidden states
         with self.text_encoder.get_input_embeddings().register_forward_hook(self._put):
-            return self.text_encoder(input_ids)[0]
+            return self.text_encoder(input_ids, attention_mask=attention_mask(self.text_encoder, input_ids))[0]
 
     def vectors(self) -> dict[str, torch.Tensor]:
         "The vectors as they are now, by token, on the CPU."

@@ -138,6 +138,7 @@ def frozen_record(
     return {
         "vae": tensors_hash(pipeline.vae.state_dict()), "scaling_factor": pipeline.vae.config.scaling_factor,
         "text_encoder": tensors_hash(pipeline.text_encoder.state_dict()), "samples": tensors_hash(tensors),
+        "use_attention_mask": getattr(pipeline.text_encoder.config, "use_attention_mask", False),
         "prompts": {name: [text, pipeline.tokenizer(text, verbose=False).input_ids] for name, text in prompts.items()},
     }
 
