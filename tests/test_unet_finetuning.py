@@ -27,7 +27,7 @@ from cxr_nb.unet_finetuning import (
 PIXELS = pipelines.SIDE * pipelines.FACTOR
 PROMPTS = {"no finding": "a lung", "pleural effusion": "a lung with water", "class": "lung"}
 SETTINGS = TrainingSettings(6, batch_size=2, learning_rate=1e-3, seed=3, device="cpu")
-PRIOR = VARIANTS["no findings and abnormality, with prior"]
+PRIOR = VARIANTS["no findings and abnormality, with prior a"]
 
 
 @pytest.fixture(scope="module")
