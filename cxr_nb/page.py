@@ -130,7 +130,7 @@ def answer_measured(
     of = " by a bundled miniature of Stable Diffusion, with computed chest images for radiographs" if world == "miniature" else ""
     real = [with_interval(*values) for judge in study["judges"]
             for row, values in study["auc"][judge].items() if row.startswith("Real images: ")]
-    tell = f", who tell {study['source']} with an effusion from those without with AUC {listed(real)}" if real else ""
+    tell = f", which separate {study['source']} with an effusion from those without with AUC {listed(real)}" if real else ""
     judges = "one classifier, the judge" if len(study["judges"]) == 1 else f"{len(study['judges'])} classifiers, the judges"
     return f"{images} images for each strategy{of}, scored by {judges} ({', '.join(study['judges'])}){tell}."
 

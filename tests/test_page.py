@@ -98,25 +98,25 @@ class Tables(HTMLParser):
 
 
 def check_self_contained(html):
-    found = Tables(html)
-    assert found.loaded and all(source.startswith("data:") for source in found.loaded)
+    parsed = Tables(html)
+    assert parsed.loaded and all(source.startswith("data:") for source in parsed.loaded)
     assert not re.search(r"@import|url\((?!#)|https?://|fetch\(|XMLHttp", html)
     # a browser shows a notebook's file as raw text: no link leads to one
-    assert all(re.match(r"#|(tables|figures|records)/[\w.]+$", link) for link in found.links)
-    assert all(f'id="{link[1:]}"' in html for link in found.links if link.startswith("#"))
-    assert found.images and all(len(image["alt"]) > 20 for image in found.images)
-    assert all(len(said) > 20 for said in re.findall(r'<svg [^>]*role="img" aria-label="([^"]*)"', html)) and html.count("<svg ") == html.count("<svg viewBox=")
-    assert html.count("<figure>") == len(found.images) + html.count("<svg ")
-    for file, rows in found.tables:
+    assert all(re.match(r"#|(tables|figures|records)/[\w.]+$", link) for link in parsed.links)
+    assert all(f'id="{link[1:]}"' in html for link in parsed.links if link.startswith("#"))
+    assert parsed.images and all(len(image["alt"]) > 20 for image in parsed.images)
+    assert all(len(label) > 20 for label in re.findall(r'<svg [^>]*role="img" aria-label="([^"]*)"', html)) and html.count("<svg ") == html.count("<svg viewBox=")
+    assert html.count("<figure>") == len(parsed.images) + html.count("<svg ")
+    for file, rows in parsed.tables:
         assert len(rows) > 1 and all(len(row) == len(rows[0]) for row in rows), file
         assert all(any(row[1:]) for row in rows[1:]), f"{file} has an empty line"
-    return found
+    return parsed
 
 
 def test_page_is_self_contained_and_filled(made_up):
     html, about, _ = made_up()
-    found = check_self_contained(html)
-    assert (about["tables"], about["figures"], len(found.images), html.count("<svg ")) == (2, 3, 2, 1)
+    parsed = check_self_contained(html)
+    assert (about["tables"], about["figures"], len(parsed.images), html.count("<svg ")) == (2, 3, 2, 1)
     assert "<b>" not in html and "&lt;b&gt;ours" in html and "&lt;b&gt;a line" in html  # what tables and drawings hold is text
     assert made_up()[0] == html
 
@@ -197,21 +197,21 @@ committed = pytest.mark.skipif(not (DEMO / "report.html").exists(), reason="the 
 @committed
 def test_the_demos_page():
     path = DEMO / "report.html"
-    found = check_self_contained(path.read_text())
+    parsed = check_self_contained(path.read_text())
     assert path.stat().st_size <= 1.8e6
-    missing = [link for link in found.links if not link.startswith("#") and not (DEMO / link).exists()]
+    missing = [link for link in parsed.links if not link.startswith("#") and not (DEMO / link).exists()]
     assert not missing
-    shown = {file for file, _ in found.tables}
+    shown = {file for file, _ in parsed.tables}
     assert {f"tables/{p.name}" for p in tracked("outputs/demo/tables")} <= shown
     for i in range(1, 7):
         table = pd.read_csv(DEMO / f"tables/table_{i}.csv").drop_duplicates(["row", "column"], keep=False)
-        rows = dict(found.tables)[f"tables/table_{i}.csv"]
+        rows = dict(parsed.tables)[f"tables/table_{i}.csv"]
         cells = {(row[0], row[1], name): cell for row in rows[1:] for name, cell in zip(rows[0], row)}
         for value in ("published", "measured"):
             there = table.dropna(subset=value)
-            told = [cells[row, value, str(column).replace("_", " ")] for row, column in zip(there.row, there.column)]
-            assert [float(cell.split(" ")[0]) for cell in told] == pytest.approx(there[value].tolist(), abs=0.0501)
-            assert [("[" in cell) for cell in told] == (there.ci_low.notna() & (value == "measured")).tolist()
+            on_page = [cells[row, value, str(column).replace("_", " ")] for row, column in zip(there.row, there.column)]
+            assert [float(cell.split(" ")[0]) for cell in on_page] == pytest.approx(there[value].tolist(), abs=0.0501)
+            assert [("[" in cell) for cell in on_page] == (there.ci_low.notna() & (value == "measured")).tolist()
 
 
 @committed
@@ -248,7 +248,7 @@ onload = async () => {
     return {label: box.ariaLabel, cut, gone, scrolls: box.scrollWidth > box.clientWidth, end: Math.max(...last.map(r => r.right)) - room.right,
             name: Math.max(...names.map(r => Math.abs(r.left - room.left)))};
   });
-  fetch("found", {method: "POST", body: JSON.stringify({
+  fetch("layout", {method: "POST", body: JSON.stringify({
     width: page.documentElement.scrollWidth, room: page.documentElement.clientWidth, boxes,
     answer: page.querySelector(".answer").getBoundingClientRect().bottom, sentences: page.querySelectorAll(".answer dd").length, wide: wide.length, loaded: loaded.filter(one => one.status == "fulfilled").length,
     images: [...page.images].map(image => [image.naturalWidth, image.naturalHeight, image.clientWidth]),
@@ -261,7 +261,7 @@ onload = async () => {
 
 @pytest.fixture
 def browse(tmp_path_factory):
-    "A function that opens report.html of a folder in Chromium, on a phone or a wider screen: what it found there, its console, paths asked for."
+    "A function that opens report.html of a folder in Chromium, on a phone or a wider screen: what it shows there, its console, paths asked for."
     started = []
 
     def look(folder, width=390, height=844):
@@ -303,14 +303,14 @@ def browse(tmp_path_factory):
     for stop in started: stop()
 
 
-def check_tables_in_reach(found, width):
+def check_tables_in_reach(layout, width):
     "Nothing is wider than the page; a table ends in its box, scrolled where it must be, with its rows' names in sight."
-    assert found["width"] <= found["room"] <= width and found["wide"] == 0
-    assert found["boxes"] and all(box["end"] <= 1 for box in found["boxes"]), found["boxes"]
-    assert all(box["name"] <= 2 for box in found["boxes"] if box["scrolls"]), found["boxes"]
+    assert layout["width"] <= layout["room"] <= width and layout["wide"] == 0
+    assert layout["boxes"] and all(box["end"] <= 1 for box in layout["boxes"]), layout["boxes"]
+    assert all(box["name"] <= 2 for box in layout["boxes"] if box["scrolls"]), layout["boxes"]
     # "published" and "measured" are never beyond the edge, and a phone cuts no number in two
-    assert all(box["gone"] == 0 for box in found["boxes"]), found["boxes"]
-    if width < 640: assert all(box["cut"] == 0 for box in found["boxes"]), found["boxes"]
+    assert all(box["gone"] == 0 for box in layout["boxes"]), layout["boxes"]
+    if width < 640: assert all(box["cut"] == 0 for box in layout["boxes"]), layout["boxes"]
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
@@ -328,50 +328,50 @@ def test_wide_tables_stay_in_reach(made_up, browse, size):
     sources = {"rows": [], "minutes": None, "devices": [], "commits": [], "versions": {}}
     html = page.rendered(profile="made", sections=[section], answer=[("Asked", "Which?")], provenance=sources, notebooks=[], marked=[], miniature=[], restricted=[])
     (folder / "report.html").write_text(html)
-    found, console, _ = browse(folder, *size)
+    layout, console, _ = browse(folder, *size)
     assert console == []
-    check_tables_in_reach(found | {"boxes": found["boxes"][:2]}, size[0])
-    assert found["boxes"][0]["scrolls"] and not found["boxes"][1]["scrolls"]
+    check_tables_in_reach(layout | {"boxes": layout["boxes"][:2]}, size[0])
+    assert layout["boxes"][0]["scrolls"] and not layout["boxes"][1]["scrolls"]
     # the same measure does see a table that is cut off, and one that takes its rows' names along
     for bad in (".scroll { overflow: clip !important } th, td { min-width: 20rem !important }", "th { position: static !important }"):
         (folder / "report.html").write_text(html.replace("</style>", f"{bad}</style>"))
-        found, _, _ = browse(folder, *size)
-        with pytest.raises(AssertionError): check_tables_in_reach(found | {"boxes": found["boxes"][:1]}, size[0])
+        layout, _, _ = browse(folder, *size)
+        with pytest.raises(AssertionError): check_tables_in_reach(layout | {"boxes": layout["boxes"][:1]}, size[0])
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
 def test_in_a_browser(made_up, browse):
     html, about, folder = made_up()
-    found, console, asked = browse(folder)
+    layout, console, asked = browse(folder)
     assert console == [] and sorted(asked) == ["/look.html", "/report.html"]
-    assert found["width"] <= 390 and found["wide"] == 0
-    assert len(found["images"]) + len(found["drawings"]) == about["figures"] and found["loaded"] == len(found["images"])
-    assert min(found["drawings"][0]) > 200 and found["images"][0] == [600, 60, found["images"][0][2]]
-    assert all(rows > 1 for rows in found["tables"])
+    assert layout["width"] <= 390 and layout["wide"] == 0
+    assert len(layout["images"]) + len(layout["drawings"]) == about["figures"] and layout["loaded"] == len(layout["images"])
+    assert min(layout["drawings"][0]) > 200 and layout["images"][0] == [600, 60, layout["images"][0][2]]
+    assert all(rows > 1 for rows in layout["tables"])
     # the same look does see a script that fails, a line too wide and a file that is asked for
     bad = '<p style="width: 500px">wide</p><script>nothing()</script><script src="more.js"></script>'
     (folder / "report.html").write_text(html.replace("<main>", f"<main>{bad}"))
-    found, console, asked = browse(folder)
-    assert found["width"] > 390 and found["wide"] > 0 and "/more.js" in asked and "nothing is not defined" in "".join(console)
+    layout, console, asked = browse(folder)
+    assert layout["width"] > 390 and layout["wide"] > 0 and "/more.js" in asked and "nothing is not defined" in "".join(console)
 
 
 @committed
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
 @pytest.mark.parametrize("size", [(1280, 800), (1200, 800), (390, 844)], ids=str)
 def test_the_demos_first_screen_answers(browse, size):
-    found, _, _ = browse(DEMO, *size)
-    check_tables_in_reach(found, size[0])
-    assert found["sentences"] == 4 and found["answer"] < size[1]
+    layout, _, _ = browse(DEMO, *size)
+    check_tables_in_reach(layout, size[0])
+    assert layout["sentences"] == 4 and layout["answer"] < size[1]
 
 
 @committed
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
 def test_the_demos_page_in_a_browser(browse):
-    found, console, asked = browse(DEMO)
+    layout, console, asked = browse(DEMO)
     assert console == [] and sorted(asked) == ["/look.html", "/report.html"]
-    check_tables_in_reach(found, 390)
+    check_tables_in_reach(layout, 390)
     # how many of the figures are drawings is a matter of their weight
-    assert len(found["images"]) + len(found["drawings"]) > 20
-    assert len(found["images"]) == found["loaded"] > 10 and all(min(w, h) > 100 and shown > 200 for w, h, shown in found["images"])
-    assert found["drawings"] and all(w > 200 and h > 80 for w, h in found["drawings"])
-    assert all(rows > 1 for rows in found["tables"])
+    assert len(layout["images"]) + len(layout["drawings"]) > 20
+    assert len(layout["images"]) == layout["loaded"] > 10 and all(min(w, h) > 100 and shown > 200 for w, h, shown in layout["images"])
+    assert layout["drawings"] and all(w > 200 and h > 80 for w, h in layout["drawings"])
+    assert all(rows > 1 for rows in layout["tables"])
