@@ -1,0 +1,174 @@
+"The reader study as readers meet it: in a browser alone, in JupyterLab, and through a kernel that dies."
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import numpy as np
+import pytest
+from browser import CHROMIUM, Browser, until
+from PIL import Image
+
+from cxr_nb.reader_sheet import write_sheet
+from cxr_nb.reading_study import Reading, all_answers, image_items, import_answers, pair_items, read_study, write_study
+
+in_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+
+
+@pytest.fixture
+def paths(tmp_path):
+    rng, paths = np.random.default_rng(0), [tmp_path / f"{i}.png" for i in range(6)]
+    for path in paths: Image.fromarray(rng.integers(0, 255, (80, 60), dtype=np.uint8)).save(path)
+    return paths
+
+
+@pytest.fixture
+def pairs(paths, tmp_path): return write_study(tmp_path / "pairs", "reconstruction", pair_items(paths[:3], paths[3:], 3))
+
+
+def begin(browser, study, reader):
+    browser.open(write_sheet(study).as_uri())
+    browser.value(f"document.getElementById('reader').value = '{reader}'; document.querySelector('#start button').click()")
+
+
+@in_chromium
+def test_a_sheet_is_read_by_keys_and_comes_back(pairs, tmp_path):
+    with Browser(tmp_path / "chromium") as browser:
+        begin(browser, pairs, "anna")
+        for key in "41x": browser.press(key)  # x is no answer
+        assert browser.value("by('count').textContent") == "2 of 3"
+        browser.press("u")
+        browser.press("n")
+        browser.type("ribs, \"lost\"\nat 2")
+        browser.press("Escape")
+        # the page may be closed at any time
+        begin(browser, pairs, "anna")
+        assert browser.value("[by('count').textContent, by('question').textContent, by('note').value]") == ["1 of 3", "Item 0002. How good is the reconstruction?", "ribs, \"lost\"\nat 2"]
+        browser.value("document.querySelectorAll('#answers button')[3].click()")
+        browser.press("5")
+        assert "All is read" in browser.value("by('question').textContent")
+        (tmp_path / "anna.csv").write_bytes(browser.value("csv()").encode())
+        begin(browser, pairs, "ben")
+        assert browser.value("by('count').textContent") == "0 of 3" and browser.console == []
+    assert import_answers(pairs, tmp_path / "anna.csv") == "anna"
+    table = all_answers(pairs)
+    assert table.answer.tolist() == ["4", "2", "5"] and table.note.tolist() == ["", "ribs, \"lost\"\nat 2", ""]
+
+
+@in_chromium
+def test_a_sheet_shows_both_sides_alike(pairs, tmp_path):
+    original = np.asarray(Image.open(pairs.folder / pairs.items[0]["images"][0]["path"]))
+    middle = "[...sides.map(s => s.canvas.getContext('2d').getImageData(s.canvas.width / 2, s.canvas.height / 2, 1, 1).data[0])]"
+    with Browser(tmp_path / "chromium") as browser:
+        begin(browser, pairs, "anna")
+        browser.wait("sides.every(s => s.pixels)")
+        assert browser.value("Array.from(sides[0].pixels.data).filter((_, i) => i % 4 == 0)") == original.ravel().tolist()
+        browser.value("look({level: 255, width: 2})")  # all but white is black
+        assert set(browser.value(middle)) <= {0}
+        browser.value("look({level: 0, width: 2, zoom: 100, x: 9, y: -9})")
+        assert browser.value(middle) == [255, 255]
+        assert browser.value("[view.zoom, view.x, view.y]") == [8, 1 - 1 / 16, 1 / 16]
+        browser.press("0")
+        assert browser.value("JSON.stringify(view) == JSON.stringify(whole())")
+
+
+@in_chromium
+def test_a_sheet_of_generated_images_asks_three_things(paths, tmp_path):
+    origins = ["real", "generated"] * 3
+    study = write_study(tmp_path / "images", "generated", image_items((p, o, "absent") for p, o in zip(paths, origins)))
+    with Browser(tmp_path / "chromium") as browser:
+        begin(browser, study, "anna")
+        for _ in range(6):
+            for key in "ga2": browser.press(key)
+        (tmp_path / "anna.csv").write_bytes(browser.value("csv()").encode())
+        assert "generated" not in browser.value("JSON.stringify(study.items)")
+    import_answers(study, tmp_path / "anna.csv")
+    assert all_answers(study).groupby("question").answer.unique().map(list).to_dict() == {"origin": ["g"], "finding": ["a"], "realism": ["2"]}
+
+
+def test_no_answer_is_lost_when_the_kernel_dies(pairs):
+    "A process that answers as fast as it can is killed at any moment: what it was told is saved, is."
+    code = """
+import sys
+from cxr_nb.reading_study import Reading, answer, read_study
+reading = Reading(read_study(sys.argv[1]), "anna")
+while True:
+    item, question = reading.open
+    answer(reading, item["item"], question.name, "4")
+    print("saved", flush=True)
+    reading.add("undo")
+    print("undone", flush=True)
+"""
+    for pause in (0, 7, 20, 41):
+        file = pairs.folder / "readings/anna.jsonl"
+        before = len(file.read_text().splitlines()) if file.exists() else 0
+        running = subprocess.Popen([sys.executable, "-c", code, pairs.folder], stdout=subprocess.PIPE, text=True)
+        told = [running.stdout.readline() for _ in range(pause + 1)]
+        running.send_signal(signal.SIGKILL)
+        told += running.stdout.readlines()
+        running.wait()
+        events = Reading(read_study(pairs.folder), "anna").events
+        assert len(events) - before in (len(told), len(told) + 1)
+        assert [event["event"] for event in events[before:]][:len(told)] == [{"saved\n": "answer", "undone\n": "undo"}[line] for line in told]
+        if Reading(pairs, "anna").answers: Reading(pairs, "anna").add("undo")
+
+
+def free_port():
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
+
+
+@pytest.fixture
+def lab(tmp_path):
+    "JupyterLab on a folder: its address and the folder."
+    root, port = tmp_path / "root", free_port()
+    root.mkdir()
+    places = {f"JUPYTER_{name}_DIR": str(tmp_path / name.lower()) for name in ("CONFIG", "RUNTIME")} | {"JUPYTERLAB_SETTINGS_DIR": str(tmp_path / "settings")}
+    command = [Path(sys.executable).parent / "jupyter", "lab", "--no-browser", "--allow-root", "--expose-app-in-browser", f"--ServerApp.port={port}",
+               "--IdentityProvider.token=", "--ServerApp.password=", f"--ServerApp.root_dir={root}", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"]
+    with (tmp_path / "lab.log").open("w") as log:
+        server = subprocess.Popen(command, env=os.environ | places | {"PYTHONPATH": os.pathsep.join(sys.path)}, stdout=log, stderr=log, start_new_session=True)
+    try:
+        until(lambda: "is running at" in (tmp_path / "lab.log").read_text(), "JupyterLab did not start")
+        yield f"http://127.0.0.1:{port}", root
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)
+        server.wait(30)
+
+
+PANEL = """
+from pathlib import Path
+from cxr_nb.reader_panel import ReaderPanel
+from cxr_nb.reading_study import read_study
+ReaderPanel(read_study(Path(PLACE)), "anna")
+"""
+BUTTONS = "[...document.querySelectorAll('.jp-OutputArea .jupyter-button')]"
+NOTEBOOK = "[...window.jupyterapp?.shell?.widgets('main') ?? []][0]"
+
+
+@in_chromium
+def test_the_panel_in_jupyterlab(lab, pairs, tmp_path):
+    address, root = lab
+    code = nbformat.v4.new_code_cell(PANEL.replace("PLACE", repr(str(pairs.folder))))
+    metadata = {"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}}
+    nbformat.write(nbformat.v4.new_notebook(cells=[code], metadata=metadata), root / "reading.ipynb")
+    with Browser(tmp_path / "chromium") as browser:
+        browser.open(f"{address}/lab/tree/reading.ipynb?reset")
+        browser.wait(f"{NOTEBOOK}?.context?.sessionContext?.session?.kernel?.status == 'idle'")
+        browser.value(f"jupyterapp.shell.activateById({NOTEBOOK}.id)")
+        browser.wait("jupyterapp.shell.currentWidget != null")
+        browser.value("jupyterapp.commands.execute('notebook:run-all-cells')")
+        browser.wait(f"{BUTTONS}.length == 6")  # five scores and undo
+        assert browser.value("document.querySelectorAll('.jp-OutputArea-output[data-mime-type*=error], .jp-RenderedText[data-mime-type*=stderr]').length") == 0
+        browser.wait("[...document.querySelectorAll('.jp-OutputArea img')].filter(i => i.naturalWidth).length == 2")
+        browser.value(f"{BUTTONS}.find(b => b.textContent == '5').click()")
+        until(lambda: len(all_answers(pairs)) == 1, "the click was not saved")
+        browser.value("document.querySelector('input[placeholder^=click]').focus()")
+        browser.press("2")
+        until(lambda: all_answers(pairs).answer.tolist() == ["5", "2"], "the key was not saved")
+        browser.wait("[...document.querySelectorAll('.widget-label')].some(l => l.textContent == '2 of 3')")
+        browser.picture(tmp_path / "panel.png")
