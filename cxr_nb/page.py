@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TEMPLATES', 'NOT_SHOWN', 'SHOWN_KINDS', 'sections', 'describe', 'left_out', 'promised', 'miniature_notebooks',
-           'answer_finding', 'answer_measured', 'answer', 'figure_view', 'shown_files', 'piece_views', 'section_view',
-           'provenance', 'rendered', 'missing_notebooks', 'report_page']
+           'answer_finding', 'answer_measured', 'answer', 'figure_view', 'shown_files', 'cards', 'piece_views',
+           'section_view', 'provenance', 'rendered', 'missing_notebooks', 'report_page']
 
 # %% ../nbs/F_page.ipynb #330d7a99
 import json
@@ -183,6 +183,15 @@ def shown_files(
     parts = [(file, *file.rpartition(".")[::2]) for file in record["outputs"]]
     return [(file, piece, kind) for file, piece, kind in parts if (piece.split("/")[0], kind) in SHOWN_KINDS]
 
+# %% ../nbs/F_page.ipynb #f1bf23cd
+def cards(
+    view: dict,  # of `table_views`
+) -> list[dict[str, str]]:  # column -> text
+    "The lines of a table as cards: what each column says, where it says something."
+    names = [view["corner"], *view["head"]]
+    lines = ([label, *cells] for label, _, cells in view["lines"])
+    return [{name: cell for name, cell in zip(names, line) if cell} for line in lines]
+
 # %% ../nbs/F_page.ipynb #c0e212f4
 def piece_views(
     run: Run,  # the page's run
@@ -198,6 +207,7 @@ def piece_views(
         order, common = description["order"], {"file": file, "miniature": miniature}
         if kind == "csv":
             views = table_views(path, description, limits["open_lines"], limits["most_lines"])
+            if description.get("cards"): views = [view | {"cards": cards(view)} for view in views]
             pieces += [(order, common | view) for view in views]
             continue
         vector = f"{piece}.svg" if f"{piece}.svg" in record["outputs"] else ""

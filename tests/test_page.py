@@ -1,7 +1,6 @@
 "The page: self-contained, every table filled and equal to its file, every figure seen in a browser, nothing missing in silence."
 import json
 import re
-import shutil
 import subprocess
 import threading
 from functools import partial
@@ -13,12 +12,12 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
+from browser import CHROMIUM, Browser
 from conftest import ROOT, tracked
 from PIL import Image
 
 from cxr_nb import core, graph, page, profiles, tables
 
-CHROMIUM = next((p for p in ("chromium", "chromium-browser", "google-chrome") if shutil.which(p)), None)
 LIMITS = {"vector_kb": 60, "drawing_width": 600, "sheet_width": 600, "quality": 75, "open_lines": 4, "most_lines": 6}
 DEMO = ROOT / "outputs/demo"
 MODEL = "cxr_nb/miniature/stable_diffusion"
@@ -73,12 +72,14 @@ class Tables(HTMLParser):
     def __init__(self, html):
         super().__init__()
         self.tables, self.images, self.loaded, self.links, self.cell, self.file = [], [], [], [], None, ""
+        self.cards = []  # the file and the id of each
         self.feed(html)
 
     def handle_starttag(self, tag, attributes):
         attributes = dict(attributes)
         self.loaded += [attributes[k] for k in ("src", "srcset", "data", "poster") if k in attributes]
         self.loaded += [attributes["href"]] if tag == "link" else []
+        if tag == "article": self.cards.append((self.file, attributes["id"]))
         if tag == "a": self.links.append(attributes["href"])
         if tag == "a" and attributes["href"].endswith(".csv"): self.file = attributes["href"]
         if tag == "img": self.images.append(attributes)
@@ -201,7 +202,9 @@ def test_the_demos_page():
     assert path.stat().st_size <= 1.8e6
     missing = [link for link in parsed.links if not link.startswith("#") and not (DEMO / link).exists()]
     assert not missing
-    shown = {file for file, _ in parsed.tables}
+    shown = {file for file, _ in parsed.tables + parsed.cards}
+    claims = [id for file, id in parsed.cards if file == "tables/claims.csv"]
+    assert claims == [f"claim-{id}" for id in pd.read_csv(DEMO / "tables/claims.csv").id]
     assert {f"tables/{p.name}" for p in tracked("outputs/demo/tables")} <= shown
     for i in range(1, 7):
         table = pd.read_csv(DEMO / f"tables/table_{i}.csv").drop_duplicates(["row", "column"], keep=False)
@@ -337,6 +340,41 @@ def test_wide_tables_stay_in_reach(made_up, browse, size):
         (folder / "report.html").write_text(html.replace("</style>", f"{bad}</style>"))
         layout, _, _ = browse(folder, *size)
         with pytest.raises(AssertionError): check_tables_in_reach(layout | {"boxes": layout["boxes"][:1]}, size[0])
+
+
+def claims_page():
+    "A page of the claims alone, with their numbers in full."
+    measured = "; ".join(f"judge_{letter}, U-Net, with prior: 0.815 [0.726, 0.894] (n=100)" for letter in "ab")
+    claim = {"whose": "paper", "claim": "It draws <b>effusions</b>.", "published": "0.984", "measured": measured, "world": "miniature", "reason": "0.5 is in it"}
+    verdicts = ["seen in the miniature", "undecided", "undecided", "not testable here"]
+    lines = [(f"{i}a", "", [*(claim | {"verdict": verdict}).values()]) for i, verdict in enumerate(verdicts)]
+    view = {"caption": "Claims.", "file": "tables/claims.csv", "miniature": True, "corner": "id", "head": [*claim, "verdict"], "lines": lines}
+    section = {"id": "s4", "number": "4", "title": "Discussion", "asked": "", "sentences": [], "missing": [], "notebooks": [], "linked": [], "verdicts": {"undecided": 2}}
+    sources = {"rows": [], "minutes": None, "devices": [], "commits": [], "versions": {}}
+    pieces = [view | {"cards": page.cards(view)}]
+    return page.rendered(profile="made", sections=[section | {"pieces": pieces}], answer=[("Asked", "Which?")], provenance=sources, notebooks=[], marked=[], miniature=[], restricted=[])
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+@pytest.mark.parametrize("width", [1280, 390])
+def test_claims_are_cards_with_a_filter(tmp_path, width):
+    (tmp_path / "report.html").write_text(claims_page())
+    seen = "[...document.querySelectorAll('.claim')].filter(c => c.checkVisibility()).map(c => c.id)"
+    with Browser(tmp_path / "chromium") as browser:
+        browser.call("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=False)
+        browser.open((tmp_path / "report.html").as_uri())
+        assert browser.value(seen) == [f"claim-{i}a" for i in range(4)]
+        assert browser.value("[...document.querySelectorAll('.filter button')].map(b => b.textContent)") == ["4 all claims", "1 seen in the miniature", "2 undecided", "1 not testable here"]
+        browser.value("document.querySelectorAll('.filter button')[2].click()")
+        assert browser.value(seen) == ["claim-1a", "claim-2a"]
+        browser.value("document.querySelectorAll('.filter button')[0].click()")
+        text = browser.value("document.querySelector('#claim-0a').innerText")
+        assert "It draws <b>effusions</b>." in text and text.count("0.815 [0.726, 0.894] (n=100)") == 2 and "0.5 is in it" not in text
+        browser.value("document.querySelector('#claim-0a summary').click()")
+        assert "0.5 is in it" in browser.value("document.querySelector('#claim-0a').innerText")
+        assert browser.value("document.documentElement.scrollWidth") <= width
+        # numbers in full: nothing in a card is cut off
+        assert browser.value("[...document.querySelectorAll('.claim')].every(c => c.scrollWidth <= c.clientWidth + 1)") and browser.console == []
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
