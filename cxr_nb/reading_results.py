@@ -17,7 +17,7 @@ import pandas as pd
 import seaborn as sns
 from sklearn.metrics import cohen_kappa_score
 
-from .intervals import group_mean_intervals, percentile_interval, share_interval, unit_samples
+from .intervals import group_mean_intervals, no_width, percentile_interval, share_interval, unit_samples
 from .reading_study import QUALITY, Study, all_answers
 from .tables import TABLE_COLUMNS, published
 
@@ -25,15 +25,15 @@ from .tables import TABLE_COLUMNS, published
 LOW_SCORE = 2  # severe errors, or hallucinated lesions
 
 # %% ../nbs/I_reading_results.ipynb #5c5f4571
-def _interval(values, items, bounds, draws, seed):
-    "A mean over answers, its interval over items, and the number of answers."
-    rows = group_mean_intervals(values, np.zeros(len(values)), items, [0], draws, seed=seed, bounds=bounds)
+def _interval(values, patients, bounds, draws, seed):
+    "A mean over answers, its interval over patients, and the number of answers."
+    rows = group_mean_intervals(values, np.zeros(len(values)), patients, [0], draws, seed=seed, bounds=bounds)
     return dict(zip(["measured", "ci_low", "ci_high", "n"], rows.loc["Overall"]))
 
 # %% ../nbs/I_reading_results.ipynb #96e48ef8
-def _share(has, items, draws, seed):
+def _share(has, patients, draws, seed):
     "A share of answers, as `_interval` gives a mean."
-    if items.nunique() < len(items): return _interval(has, items, (0, 1), draws, seed)
+    if patients.nunique() < len(patients): return _interval(has, patients, (0, 1), draws, seed)
     low, high = share_interval(int(has.sum()), len(has))
     return {"measured": has.mean(), "ci_low": low, "ci_high": high, "n": len(has)}
 
@@ -43,16 +43,21 @@ def quality_rows(
     draws: int = 2000,  # bootstrap samples
     seed: int = 0,  # of the resampling
 ) -> dict[str, dict]:  # name of a statistic -> measured, ci_low, ci_high, n
-    "Statistics of the scores of reconstructions."
-    scores, items = answers.answer.astype(int), answers.item
+    "Statistics of the scores of reconstructions, and how often a blinded reader knew the reconstruction."
+    sides, answers = (answers[answers.question == name] for name in ("side", "quality"))
+    scores, patients = answers.answer.astype(int), answers.patient
+    knew = sides.answer.map({"a": 0, "b": 1}.get) == sides.sides.map(lambda both: both.index("reconstruction"))
+    blinded = {"reconstruction recognised": _share(knew, sides.patient, draws, seed)} if len(sides) else {}
+    if answers.empty: return blinded
     plain = {"sd": scores.std(), "median": scores.median(), "min": scores.min(), "max": scores.max()}
     return {
-        "mean": _interval(scores, items, (1, 5), draws, seed),
+        "mean": _interval(scores, patients, (1, 5), draws, seed),
         **{name: {"measured": float(value), "n": len(scores)} for name, value in plain.items()},
-        f"share of {LOW_SCORE} or less": _share(scores <= LOW_SCORE, items, draws, seed),
+        f"share of {LOW_SCORE} or less": _share(scores <= LOW_SCORE, patients, draws, seed),
+        **blinded,
     }
 
-# %% ../nbs/I_reading_results.ipynb #78dceee7
+# %% ../nbs/I_reading_results.ipynb #44f57a5a
 def printed_scores() -> dict[str, float]:
     "The paper's statistics of the radiologist's scores (§3.2)."
     table = published("figure_3")
@@ -60,7 +65,7 @@ def printed_scores() -> dict[str, float]:
     low = {f"share of {LOW_SCORE} or less": 0.0} if row["min"] > LOW_SCORE else {}
     return {name: row[name] for name in ("mean", "sd", "median", "min", "max")} | low
 
-# %% ../nbs/I_reading_results.ipynb #fae2abba
+# %% ../nbs/I_reading_results.ipynb #f86f81a0
 def generated_rows(
     answers: pd.DataFrame,  # of `all_answers`, of one reader or of several
     draws: int = 2000,  # bootstrap samples
@@ -72,16 +77,16 @@ def generated_rows(
         asked = dict(list(part.groupby("question")))
         if "origin" in asked:
             called = asked["origin"]
-            rows[f"{origin}: called real"] = _share(called.answer == "r", called.item, draws, seed)
+            rows[f"{origin}: called real"] = _share(called.answer == "r", called.patient, draws, seed)
         for finding, seen in asked["finding"].groupby("finding", sort=False) if "finding" in asked else []:
             name = f"{origin}, finding {finding}: called present"
-            rows[name] = _share(seen.answer == "p", seen.item, draws, seed)
+            rows[name] = _share(seen.answer == "p", seen.patient, draws, seed)
         if "realism" in asked:
             scores = asked["realism"].answer.astype(int)
-            rows[f"{origin}: realism"] = _interval(scores, asked["realism"].item, (1, 5), draws, seed)
+            rows[f"{origin}: realism"] = _interval(scores, asked["realism"].patient, (1, 5), draws, seed)
     return rows
 
-# %% ../nbs/I_reading_results.ipynb #9989432f
+# %% ../nbs/I_reading_results.ipynb #d0c6cad3
 def weighted_kappa(
     one: np.ndarray,  # (n,) answers of a reader: keys of a question
     other: np.ndarray,  # (n,) of another one, to the same items
@@ -92,7 +97,21 @@ def weighted_kappa(
         warnings.simplefilter("ignore")
         return float(cohen_kappa_score(one, other, labels=keys, weights="quadratic"))
 
-# %% ../nbs/I_reading_results.ipynb #99bd7a78
+# %% ../nbs/I_reading_results.ipynb #c684809f
+def _kappa_interval(both, keys, draws, seed):
+    "Kappa of two readers' answers, indexed by patient, with an interval over patients."
+    pairs = both.to_numpy()
+    rows = [*both.groupby(level="patient").indices.values()]
+    def kappa_of(sample): return weighted_kappa(*pairs[np.concatenate([rows[i] for i in sample])].T, keys)
+    kappa = weighted_kappa(*pairs.T, keys)
+    samples = np.array([kappa_of(sample) for sample in unit_samples(len(rows), draws, seed)])
+    low, high = percentile_interval(samples)
+    if len(rows) < 2 or no_width(low, high): low = high = np.nan
+    lost = np.isnan(samples).mean()
+    note = "both gave one answer to all" if np.isnan(kappa) else f"{lost:.0%} of resamples have no kappa" if lost else ""
+    return {"measured": kappa, "ci_low": low, "ci_high": high, "note": note}
+
+# %% ../nbs/I_reading_results.ipynb #a1f14439
 def agreement_rows(
     study: Study,
     answers: pd.DataFrame,  # of `all_answers`
@@ -101,17 +120,14 @@ def agreement_rows(
 ) -> Iterator[dict]:  # TABLE_COLUMNS and `note`
     "Weighted kappa of each two readers for each question, over the items that both have answered."
     for question, (one, other) in product(study.questions, combinations(answers.reader.unique(), 2)):
-        table = answers[answers.question == question.name].pivot(index="item", columns="reader", values="answer")
-        both = table.reindex(columns=[one, other]).dropna().to_numpy()
-        if not len(both): continue
-        kappa = weighted_kappa(*both.T, [*question.answers])
-        samples = [weighted_kappa(*both[i].T, [*question.answers]) for i in unit_samples(len(both), draws, seed)]
-        low, high = percentile_interval(samples) if len(both) > 1 and kappa < 1 else (np.nan, np.nan)
-        note = "both gave one answer to all" if np.isnan(kappa) else ""
-        row = {"row": f"{one} and {other}", "column": f"{question.name}: weighted kappa", "published": np.nan}
-        yield row | {"measured": kappa, "ci_low": low, "ci_high": high, "n": len(both), "note": note}
+        table = answers[answers.question == question.name]
+        table = table.pivot(index=["patient", "item"], columns="reader", values="answer")
+        both = table.reindex(columns=[one, other]).dropna()
+        if both.empty: continue
+        row = {"row": f"{one} and {other}", "column": f"{question.name}: weighted kappa", "n": len(both)}
+        yield row | _kappa_interval(both, [*question.answers], draws, seed)
 
-# %% ../nbs/I_reading_results.ipynb #7c417555
+# %% ../nbs/I_reading_results.ipynb #51d00aa1
 def results_table(
     study: Study,
     draws: int = 2000,  # bootstrap samples
@@ -131,20 +147,21 @@ def results_table(
     table["published"] = table.column.map(printed)
     return table.reindex(columns=[*TABLE_COLUMNS, "note"]).fillna({"note": ""})
 
-# %% ../nbs/I_reading_results.ipynb #78452b81
+# %% ../nbs/I_reading_results.ipynb #6db65606
 def draw_scores(
     study: Study,
 ) -> plt.Figure:
-    "Histograms of the scores of each reader, or empty axes that say that nobody has read."
+    "Histograms of the scores of each reader, of real and generated images apart, or axes that say that nobody has read."
     question = study.questions[-1]  # the one with scores
     answers, order = all_answers(study).query("question == @question.name"), sorted(question.answers)
     figure, ax = plt.subplots(figsize=(6, 3), layout="constrained")
     if answers.empty:
         ax.text(0.5, 0.5, "not read", ha="center", va="center", transform=ax.transAxes)
     else:
-        sns.countplot(answers, x="answer", hue="reader", order=order, ax=ax)
+        apart = answers.reader + ", " + answers.origin if "origin" in answers else answers.reader
+        sns.countplot(answers.assign(apart=apart), x="answer", hue="apart", order=order, ax=ax)
     if question == QUALITY: ax.axvline(printed_scores()["mean"] - 1, color="0.3", ls="--", label="the paper's mean")
     title = f"{len(answers)} answers, {answers.item.nunique()} items"
     ax.set(xlabel=f"{question.name}, 1 to 5", ylabel="answers", title=title)
-    if question == QUALITY or not answers.empty: ax.legend(frameon=False)
+    if question == QUALITY or not answers.empty: ax.legend(title=None, frameon=False)
     return figure

@@ -4,6 +4,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import nbformat
@@ -34,11 +35,17 @@ def begin(browser, study, reader):
     browser.value(f"document.getElementById('reader').value = '{reader}'; document.querySelector('#start button').click()")
 
 
+def press(browser, key):
+    "A key, once the images are there."
+    browser.wait("sides.every(side => side.pixels)")
+    browser.press(key)
+
+
 @in_chromium
 def test_a_sheet_is_read_by_keys_and_comes_back(pairs, tmp_path):
     with Browser(tmp_path / "chromium") as browser:
         begin(browser, pairs, "anna")
-        for key in "41x": browser.press(key)  # x is no answer
+        for key in "41x": press(browser, key)  # x is no answer
         assert browser.value("by('count').textContent") == "2 of 3"
         browser.press("u")
         browser.press("n")
@@ -47,15 +54,60 @@ def test_a_sheet_is_read_by_keys_and_comes_back(pairs, tmp_path):
         # the page may be closed at any time
         begin(browser, pairs, "anna")
         assert browser.value("[by('count').textContent, by('question').textContent, by('note').value]") == ["1 of 3", "Item 0002. How good is the reconstruction?", "ribs, \"lost\"\nat 2"]
+        browser.wait("sides.every(side => side.pixels)")
         browser.value("document.querySelectorAll('#answers button')[3].click()")
-        browser.press("5")
-        assert "All is read" in browser.value("by('question').textContent")
+        press(browser, "5")
+        assert "All items have been read" in browser.value("by('question').textContent")
         (tmp_path / "anna.csv").write_bytes(browser.value("csv()").encode())
         begin(browser, pairs, "ben")
         assert browser.value("by('count').textContent") == "0 of 3" and browser.console == []
-    assert import_answers(pairs, tmp_path / "anna.csv") == "anna"
+    assert import_answers(pairs, tmp_path / "anna.csv") == "anna: 4 of 4 answers and notes are new"
     table = all_answers(pairs)
     assert table.answer.tolist() == ["4", "2", "5"] and table.note.tolist() == ["", "ribs, \"lost\"\nat 2", ""]
+
+
+@in_chromium
+def test_a_key_that_is_held_down_answers_once(pairs, tmp_path):
+    with Browser(tmp_path / "chromium") as browser:
+        begin(browser, pairs, "anna")
+        press(browser, "4")
+        for _ in range(3): browser.call("Input.dispatchKeyEvent", type="keyDown", key="4", text="4", autoRepeat=True)
+        assert browser.value("by('count').textContent") == "1 of 3"
+
+
+@in_chromium
+def test_two_windows_do_not_overwrite_each_other(pairs, tmp_path):
+    with Browser(tmp_path / "chromium") as browser:
+        begin(browser, pairs, "anna")
+        press(browser, "4")
+        # what another window wrote meanwhile, before this one hears of it
+        browser.value("localStorage.setItem(place(), JSON.stringify({given: [...given, {item: '0002', question: 'quality', answer: '2', time: new Date().toISOString()}], notes: {}}))")
+        press(browser, "5")
+        assert browser.value("[by('count').textContent, given.map(one => one.answer).join('')]") == ["2 of 3", "42"]
+        assert "another window" in browser.value("by('warning').textContent")
+        press(browser, "5")
+        assert browser.value("given.map(one => one.answer).join('')") == "425"
+
+
+@in_chromium
+def test_a_browser_that_keeps_nothing_says_so(pairs, tmp_path):
+    with Browser(tmp_path / "chromium") as browser:
+        browser.call("Page.addScriptToEvaluateOnNewDocument", source="Object.defineProperty(window, 'localStorage', {get() { throw new Error('blocked'); }})")
+        begin(browser, pairs, "anna")
+        press(browser, "4")
+        assert browser.value("by('count').textContent") == "1 of 3" and "export them before you close" in browser.value("by('warning').textContent")
+        assert browser.console == []
+
+
+@in_chromium
+@pytest.mark.parametrize("size", [(1280, 800), (390, 844)], ids=str)
+def test_images_and_answers_are_seen_together(pairs, tmp_path, size):
+    with Browser(tmp_path / "chromium") as browser:
+        browser.call("Emulation.setDeviceMetricsOverride", width=size[0], height=size[1], deviceScaleFactor=1, mobile=False)
+        begin(browser, pairs, "anna")
+        browser.wait("sides.every(side => side.pixels)")
+        parts = "[...document.querySelectorAll('canvas, #answers button')].map(one => one.getBoundingClientRect().bottom)"
+        assert max(browser.value(parts)) <= size[1] and browser.value("document.documentElement.scrollWidth") <= size[0]
 
 
 @in_chromium
@@ -82,11 +134,35 @@ def test_a_sheet_of_generated_images_asks_three_things(paths, tmp_path):
     with Browser(tmp_path / "chromium") as browser:
         begin(browser, study, "anna")
         for _ in range(6):
-            for key in "ga2": browser.press(key)
+            for key in "ga2": press(browser, key)
         (tmp_path / "anna.csv").write_bytes(browser.value("csv()").encode())
         assert "generated" not in browser.value("JSON.stringify(study.items)")
     import_answers(study, tmp_path / "anna.csv")
     assert all_answers(study).groupby("question").answer.unique().map(list).to_dict() == {"origin": ["g"], "finding": ["a"], "realism": ["2"]}
+
+
+def test_writers_at_once_lose_nothing(pairs):
+    code = "import sys; from cxr_nb.reading_study import *; r = Reading(read_study(sys.argv[1]), 'anna')\nfor i in range(60): r.add('note', item='0001', note=f'{sys.argv[2]} {i}')"
+    running = [subprocess.Popen([sys.executable, "-c", code, pairs.folder, name]) for name in "ab"]
+    assert [one.wait() for one in running] == [0, 0]
+    notes = [event["note"] for event in Reading(pairs, "anna").events]
+    assert sorted(notes) == sorted(f"{name} {i}" for name in "ab" for i in range(60))
+
+
+def test_answers_that_do_not_fit_on_the_disk_leave_the_file_as_it_was(pairs):
+    Reading(pairs, "anna").add("note", item="0001", note="before")
+    file = pairs.folder / "readings/anna.jsonl"
+    kept = file.read_bytes()
+    code = """
+import resource, signal, sys
+from cxr_nb.reading_study import *
+study = read_study(sys.argv[1])
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), -1))
+append_events(study, "anna", [{"event": "note", "item": "0001", "note": "x" * 40, "time": "2026-11-26T12:00:00Z"}] * 40)
+"""
+    done = subprocess.run([sys.executable, "-c", code, pairs.folder, str(len(kept) + 700)], capture_output=True, text=True)
+    assert done.returncode == 1 and "nothing was saved" in done.stderr and file.read_bytes() == kept
 
 
 def test_no_answer_is_lost_when_the_kernel_dies(pairs):
@@ -168,6 +244,7 @@ def test_the_panel_in_jupyterlab(lab, pairs, tmp_path):
         browser.value(f"{BUTTONS}.find(b => b.textContent == '5').click()")
         until(lambda: len(all_answers(pairs)) == 1, "the click was not saved")
         browser.value("document.querySelector('input[placeholder^=click]').focus()")
+        time.sleep(0.5)  # as long as a reader takes at the least
         browser.press("2")
         until(lambda: all_answers(pairs).answer.tolist() == ["5", "2"], "the key was not saved")
         browser.wait("[...document.querySelectorAll('.widget-label')].some(l => l.textContent == '2 of 3')")
