@@ -108,7 +108,8 @@ def _kappa_interval(both, keys, draws, seed):
     low, high = percentile_interval(samples)
     if len(rows) < 2 or no_width(low, high): low = high = np.nan
     lost = np.isnan(samples).mean()
-    note = "both gave one answer to all" if np.isnan(kappa) else f"{lost:.0%} of resamples have no kappa" if lost else ""
+    note = f"{lost:.0%} of resamples have no kappa" if lost else ""
+    if np.isnan(kappa): note = "both gave one answer to all"
     return {"measured": kappa, "ci_low": low, "ci_high": high, "note": note}
 
 # %% ../nbs/I_reading_results.ipynb #a1f14439
