@@ -152,7 +152,7 @@ def results_table(
 def draw_scores(
     study: Study,
 ) -> plt.Figure:
-    "Histograms of the scores of each reader, of real and generated images apart, or axes that say that nobody has read."
+    "Histograms of the scores of each reader, real and generated images apart, or axes that say that nobody has read."
     question = study.questions[-1]  # the one with scores
     answers, order = all_answers(study).query("question == @question.name"), sorted(question.answers)
     figure, ax = plt.subplots(figsize=(6, 3), layout="constrained")

@@ -288,7 +288,8 @@ def read_events(
     path, events = _reading_file(study, reader), []
     for number, line in enumerate(_lines(path)[0], 1):
         event = _event(line)
-        if event is None: raise ValueError(f"{path}, line {number}: is no event; repair the line, or move the file away")
+        if event is None:
+            raise ValueError(f"{path}, line {number}: is no event; repair the line, or move the file away")
         if "item" in event: _check_item(study, f"{path}, line {number}", event)
         events.append(event)
     return events
