@@ -432,7 +432,8 @@ def _row_events(study, where, row):
     "The events of a row of a sheet's CSV: an answer, a note, or both; raises ValueError where it is neither."
     if not _time(row["time"]): raise ValueError(f"{where}: '{row['time']}' is no time")
     common, events = {"item": row["item"].zfill(4), "time": row["time"]}, []
-    if row["question"]: events.append({"event": "answer", "question": row["question"], "answer": row["answer"]} | common)
+    answered = {"event": "answer", "question": row["question"], "answer": row["answer"]}
+    if row["question"]: events.append(answered | common)
     if row["note"] or not row["question"]: events.append({"event": "note", "note": row["note"]} | common)
     for event in events: _check_item(study, where, event)
     return events
