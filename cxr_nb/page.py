@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TEMPLATES', 'NOT_SHOWN', 'SHOWN_KINDS', 'sections', 'describe', 'left_out', 'promised', 'miniature_notebooks',
-           'answer_finding', 'answer_measured', 'answer', 'figure_view', 'shown_files', 'cards', 'piece_views',
-           'section_view', 'provenance', 'rendered', 'missing_notebooks', 'report_page']
+           'answer_finding', 'answer_measured', 'answer_copying', 'answer', 'figure_view', 'shown_files', 'cards',
+           'piece_views', 'section_view', 'provenance', 'rendered', 'missing_notebooks', 'report_page']
 
 # %% ../nbs/F_page.ipynb #330d7a99
 import json
@@ -13,6 +13,7 @@ import re
 from importlib import resources
 from pathlib import Path
 
+import pandas as pd
 import yaml
 from jinja2 import Environment, StrictUndefined
 
@@ -142,10 +143,23 @@ NOT_SHOWN = {  # whether it is the miniature -> what no number here says
            "images would change the numbers.",
 }
 
+# %% ../nbs/F_page.ipynb #80ad9bc3
+def answer_copying(
+    yardstick: pd.DataFrame,  # table of G_yardstick
+    rows: list[str],  # the paper's strategies
+) -> str:  # empty where there is none
+    "Whose images lie nearer to training images, in pixels, than real images of other patients do."
+    shares = yardstick[yardstick.column == "share of near-copies (pixels)"].set_index("row")
+    clear = shares[shares.index.isin(rows) & shares.verdict.fillna("").ne("")].measured
+    if clear.empty: return ""
+    parts = listed([f"{share:.0%} of the images of “{row}”" for row, share in clear.items()])
+    return f"In pixels, {parts} lie nearer to a training image than 95 % of real images of other patients."
+
 # %% ../nbs/F_page.ipynb #a5368f3b
 def answer(
     results: dict[str, dict],  # of the records by notebook
     reasons: dict[str, str],  # notebook -> why it is left out
+    copying: str = "",  # of `answer_copying`
 ) -> list[tuple[str, str]]:  # (word, sentence)
     "Which strategy draws an effusion, in four sentences; in one where this profile adapts nothing."
     if why := reasons.get("35_classification_results"): return [("Not asked", f"Nothing was adapted: {why}.")]
@@ -154,7 +168,7 @@ def answer(
     printed = published("table_5").set_index("method").auc[study["best_published"]]
     asked = (f"Which of {len(study['variants'])} training strategies makes Stable Diffusion draw a pleural effusion when the prompt "
              f"asks for one, where the paper answers “{study['best_published']}” (AUC {printed:g}; 0.5 is chance)?")
-    return [("Asked", asked), ("Found", answer_finding(study, rows)), ("Measured on", answer_measured(study, rows, world)),
+    return [("Asked", asked), ("Found", f"{answer_finding(study, rows)} {copying}".strip()), ("Measured on", answer_measured(study, rows, world)),
             ("Not shown", NOT_SHOWN[world == "miniature"])]
 
 # %% ../nbs/F_page.ipynb #46aa3df0
@@ -279,6 +293,13 @@ def missing_notebooks(
                 reasons[name] = f"measured apart from the report, by {section['apart']}"
     return reasons
 
+# %% ../nbs/F_page.ipynb #5bf47ff3
+def _copying(run, records):
+    "The sentence on copies, where the yardstick is of this run and strategies were classified."
+    if not {"G_yardstick", "35_classification_results"} <= records.keys(): return ""
+    table = pd.read_csv(promised(run, "tables/yardstick.csv", records["G_yardstick"]))
+    return answer_copying(table, list(records["35_classification_results"]["results"]["variants"]))
+
 # %% ../nbs/F_page.ipynb #48873851
 def report_page(
     run: Run,  # its folder has the records, tables and figures
@@ -296,7 +317,7 @@ def report_page(
     records = {name: json.loads(run.need(f"records/{name}.json").read_text(encoding="utf-8")) for name in names}
     marked = miniature_notebooks(records)
     shown = [section_view(run, section, records, reasons, marked, limits) for section in parts]
-    words = answer({name: record["results"] for name, record in records.items()}, reasons)
+    words = answer({name: record["results"] for name, record in records.items()}, reasons, _copying(run, records))
     html = rendered(
         profile=run.parameters["profile"], sections=shown, notebooks=names, marked=sorted(marked),
         answer=words,
