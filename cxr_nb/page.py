@@ -166,7 +166,7 @@ def answer(
     study, world = results["35_classification_results"], results["40_discussion"]["worlds"].get("table_5", "public")
     rows = [row for row in study["variants"] if row in study["auc"][study["judge"]]]
     printed = published("table_5").set_index("method").auc[study["best_published"]]
-    asked = (f"Which of {len(study['variants'])} training strategies makes Stable Diffusion draw a pleural effusion when the prompt "
+    asked = (f"Which of {len(study['variants'])} strategies makes Stable Diffusion draw a pleural effusion when the prompt "
              f"asks for one, where the paper answers “{study['best_published']}” (AUC {printed:g}; 0.5 is chance)?")
     return [("Asked", asked), ("Found", f"{answer_finding(study, rows)} {copying}".strip()), ("Measured on", answer_measured(study, rows, world)),
             ("Not shown", NOT_SHOWN[world == "miniature"])]
