@@ -17,7 +17,7 @@ from fastcore.basics import patch
 from PIL import Image
 
 from .images import open_radiograph
-from .reading_study import Reading, Study, answer, undo
+from .reading_study import Reading, Study, answer, last_notes, undo
 
 # %% ../nbs/I_reader_panel.ipynb #4bf0d77b
 def windowed(
@@ -152,8 +152,7 @@ def _show_images(self: ReaderPanel):
 @patch
 def _saved_note(self: ReaderPanel):
     "The reader's last note on the item."
-    of_item = [event for event in self.reading.events if event.get("item") == self.item["item"]]
-    return next((event["note"] for event in reversed(of_item) if event["event"] == "note"), "")
+    return last_notes(self.reading.events).get(self.item["item"], "")
 
 # %% ../nbs/I_reader_panel.ipynb #47dedd49
 @patch

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['QUALITY', 'REALISM', 'ORIGIN', 'SIDE', 'KINDS', 'EVENTS', 'ANSWER_COLUMNS', 'Question', 'questions', 'pair_items',
            'image_items', 'Study', 'read_study', 'write_study', 'read_events', 'append_events', 'standing_answers',
-           'Reading', 'answer', 'undo', 'all_answers', 'last_words', 'import_answers']
+           'last_notes', 'Reading', 'answer', 'undo', 'all_answers', 'last_words', 'import_answers']
 
 # %% ../nbs/I_reading_study.ipynb #4d9c7063
 import errno
@@ -269,14 +269,17 @@ def _time(text):
     except ValueError: return None
     return time if time.tzinfo else None
 
+# %% ../nbs/I_reading_study.ipynb #c6736de2
+def _known(study):
+    "The numbers of a study's items, and the answers to each of its questions, for `_check_item`."
+    return {item["item"] for item in study.items}, {q.name: q.answers for q in study.questions}
+
 # %% ../nbs/I_reading_study.ipynb #b6d7f84e
-def _check_item(study, where, event):
+def _check_item(known, where, event):
     "Raise ValueError for an event about no item of the study, or for an answer that is none."
-    known = {item["item"] for item in study.items}
-    if event["item"] not in known: raise ValueError(f"{where}: the study has no item {event['item']}")
-    if event["event"] != "answer": return
-    answers = next((q.answers for q in study.questions if q.name == event["question"]), {})
-    if event["answer"] not in answers:
+    items, answers = known
+    if event["item"] not in items: raise ValueError(f"{where}: the study has no item {event['item']}")
+    if event["event"] == "answer" and event["answer"] not in answers.get(event["question"], {}):
         raise ValueError(f"{where}: '{event['answer']}' is no answer to '{event['question']}'")
 
 # %% ../nbs/I_reading_study.ipynb #1098decb
@@ -285,12 +288,12 @@ def read_events(
     reader: str,
 ) -> list[dict]:  # `event`, of EVENTS, with what belongs to it, and `time`
     "All that a reader did, in order; raises ValueError with the line that is damaged or of another study."
-    path, events = _reading_file(study, reader), []
+    path, events, known = _reading_file(study, reader), [], _known(study)
     for number, line in enumerate(_lines(path)[0], 1):
         event = _event(line)
         if event is None:
             raise ValueError(f"{path}, line {number}: is no event; repair the line, or move the file away")
-        if "item" in event: _check_item(study, f"{path}, line {number}", event)
+        if "item" in event: _check_item(known, f"{path}, line {number}", event)
         events.append(event)
     return events
 
@@ -327,6 +330,13 @@ def standing_answers(
             answers[event["item"], event["question"]] = event
         if event["event"] == "undo" and answers: answers.popitem()
     return answers
+
+# %% ../nbs/I_reading_study.ipynb #9b839338
+def last_notes(
+    events: Sequence[dict],  # as `read_events` gives them
+) -> dict[str, str]:  # item -> note
+    "The last note on each item."
+    return {event["item"]: event["note"] for event in events if event["event"] == "note"}
 
 # %% ../nbs/I_reading_study.ipynb #e1471778
 class Reading:
@@ -403,7 +413,7 @@ def all_answers(
     rows, truth = [], {item["item"]: {"patient": item["patient"]} | item["truth"] for item in study.items}
     for file in sorted((study.folder / "readings").glob("[!.]*.jsonl")):
         events = read_events(study, file.stem)
-        notes = {event["item"]: event["note"] for event in events if event["event"] == "note"}
+        notes = last_notes(events)
         for (item, question), event in standing_answers(events).items():
             row = [file.stem, item, question, event["answer"], notes.get(item, ""), event["time"]]
             rows.append(dict(zip(ANSWER_COLUMNS, row)) | truth[item])
@@ -423,19 +433,20 @@ def _imported(study, path):
     if rows.reader.nunique() > 1: raise ValueError(f"{path}: is of {rows.reader.nunique()} readers, expected one")
     if (twice := rows.duplicated(["item", "question"])).any():
         raise ValueError(f"{path}, row {twice.idxmax() + 1}: answers a question again")
+    known = _known(study)
     events = [event for number, row in enumerate(rows.to_dict("records"), 1)
-              for event in _row_events(study, f"{path}, row {number}", row)]
+              for event in _row_events(known, f"{path}, row {number}", row)]
     return rows.reader.iloc[0], events
 
 # %% ../nbs/I_reading_study.ipynb #ae2031cf
-def _row_events(study, where, row):
+def _row_events(known, where, row):
     "The events of a row of a sheet's CSV: an answer, a note, or both; raises ValueError where it is neither."
     if not _time(row["time"]): raise ValueError(f"{where}: '{row['time']}' is no time")
     common, events = {"item": row["item"].zfill(4), "time": row["time"]}, []
     answered = {"event": "answer", "question": row["question"], "answer": row["answer"]}
     if row["question"]: events.append(answered | common)
     if row["note"] or not row["question"]: events.append({"event": "note", "note": row["note"]} | common)
-    for event in events: _check_item(study, where, event)
+    for event in events: _check_item(known, where, event)
     return events
 
 # %% ../nbs/I_reading_study.ipynb #b938a430

@@ -6,9 +6,11 @@ import subprocess
 import time
 import urllib.request
 
+import pytest
 import websocket
 
 CHROMIUM = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
+in_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
 
 
 class Browser:

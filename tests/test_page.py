@@ -12,7 +12,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
-from browser import CHROMIUM, Browser
+from browser import CHROMIUM, Browser, in_chromium
 from conftest import ROOT, tracked
 from PIL import Image
 
@@ -316,7 +316,7 @@ def check_tables_in_reach(layout, width):
     if width < 640: assert all(box["cut"] == 0 for box in layout["boxes"]), layout["boxes"]
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+@in_chromium
 @pytest.mark.parametrize("size", [(1280, 800), (1200, 800), (390, 844)], ids=str)
 def test_wide_tables_stay_in_reach(made_up, browse, size):
     html, _, folder = made_up()
@@ -355,7 +355,7 @@ def claims_page():
     return page.rendered(profile="made", sections=[section | {"pieces": pieces}], answer=[("Asked", "Which?")], provenance=sources, notebooks=[], marked=[], miniature=[], restricted=[])
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+@in_chromium
 @pytest.mark.parametrize("width", [1280, 390])
 def test_claims_are_cards_with_a_filter(tmp_path, width):
     (tmp_path / "report.html").write_text(claims_page())
@@ -377,7 +377,7 @@ def test_claims_are_cards_with_a_filter(tmp_path, width):
         assert browser.value("[...document.querySelectorAll('.claim')].every(c => c.scrollWidth <= c.clientWidth + 1)") and browser.console == []
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+@in_chromium
 def test_in_a_browser(made_up, browse):
     html, about, folder = made_up()
     layout, console, asked = browse(folder)
@@ -394,7 +394,7 @@ def test_in_a_browser(made_up, browse):
 
 
 @committed
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+@in_chromium
 @pytest.mark.parametrize("size", [(1280, 800), (1200, 800), (390, 844)], ids=str)
 def test_the_demos_first_screen_answers(browse, size):
     layout, _, _ = browse(DEMO, *size)
@@ -403,7 +403,7 @@ def test_the_demos_first_screen_answers(browse, size):
 
 
 @committed
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+@in_chromium
 def test_the_demos_page_in_a_browser(browse):
     layout, console, asked = browse(DEMO)
     assert console == [] and sorted(asked) == ["/look.html", "/report.html"]

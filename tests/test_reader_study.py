@@ -10,13 +10,11 @@ from pathlib import Path
 import nbformat
 import numpy as np
 import pytest
-from browser import CHROMIUM, Browser, until
+from browser import Browser, in_chromium, until
 from PIL import Image
 
 from cxr_nb.reader_sheet import write_sheet
 from cxr_nb.reading_study import Reading, all_answers, image_items, import_answers, pair_items, read_study, write_study
-
-in_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
 
 
 @pytest.fixture
