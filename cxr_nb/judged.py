@@ -17,7 +17,7 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from .classification import METHODS, effusion_scores, judge_differences, sampling_units
-from .generation import bounded, copying_measures, nearest_training
+from .generation import bounded, copying_measures
 from .image_sets import training_of
 from .intervals import jackknife, trainings_table
 from .tables import with_interval
@@ -129,21 +129,24 @@ def threshold_table(
 
 # %% ../nbs/30_judged.ipynb #e169f148
 def copying_rows(
-    frame: pd.DataFrame,  # KEYS, patient_id, then features: real, few-shot and generated images
+    nearest: pd.DataFrame,  # KEYS, patient_id, space, distance from the nearest training image
     variants: dict[tuple[str, str], str],  # method and variant -> row
     blocks: int = 20,  # of the jackknife
     seed: int = 0,  # of the blocks
-) -> pd.DataFrame:  # row, column ("copies"), measured, ci_low, ci_high, n
+) -> pd.DataFrame:  # row, column ("copies" in pixels, "copies (extractor)"), measured, ci_low, ci_high, n, measured_by
     "The share of each variant's images that lie nearer to a training image than 95 % of real ones."
-    x, units = frame[[column for column in frame if column.isdigit()]].to_numpy(float), sampling_units(frame)
-    distance, parts = nearest_training(x, x[(frame.method == "few_shot").to_numpy()])[0], []
-    real = np.flatnonzero(frame.method == "real")
-    for (method, variant), row in variants.items():
-        fake = np.flatnonzero((frame.method == method) & (frame.variant == variant))
-        share = lambda i, j: [copying_measures(real=distance[real[j]], fake=distance[fake[i]])[1]]
-        estimate = jackknife(share, [units[fake], units[real]], blocks, seed=seed)
-        parts.append([row, "copies", *bounded(estimate, ["copies"], len(set(units[fake])))[:, 0], len(fake)])
-    return pd.DataFrame(parts, columns=["row", "column", "measured", "ci_low", "ci_high", "n"])
+    parts = []
+    for space in sorted(nearest.space.unique(), key=lambda name: name != "pixels"):
+        frame = nearest[nearest.space == space]
+        distance, units = frame.distance.to_numpy(), sampling_units(frame)
+        real, name = np.flatnonzero(frame.method == "real"), "copies" if space == "pixels" else f"copies ({space})"
+        for (method, variant), row in variants.items():
+            fake = np.flatnonzero((frame.method == method) & (frame.variant == variant))
+            share = lambda i, j: [copying_measures(real=distance[real[j]], fake=distance[fake[i]])[1]]
+            estimate = jackknife(share, [units[fake], units[real]], blocks, seed=seed)
+            ends = bounded(estimate, ["copies"], len(set(units[fake])))[:, 0]
+            parts.append([row, name, *ends, len(fake), space])
+    return pd.DataFrame(parts, columns=["row", "column", "measured", "ci_low", "ci_high", "n", "measured_by"])
 
 # %% ../nbs/30_judged.ipynb #b557da1a
 def further_trainings(

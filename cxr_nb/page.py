@@ -153,7 +153,7 @@ def answer_copying(
     clear = shares[shares.index.isin(rows) & shares.verdict.fillna("").ne("")].measured
     if clear.empty: return ""
     parts = listed([f"{share:.0%} of the images of “{row}”" for row, share in clear.items()])
-    return f"In pixels, {parts} lie nearer to a training image than 95% of real images of other patients do."
+    return f"As thumbnails of 32 pixels a side, {parts} lie nearer to a training image than 95% of real images of other patients do."
 
 # %% ../nbs/F_page.ipynb #a5368f3b
 def answer(
