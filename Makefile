@@ -17,7 +17,7 @@ export PYTHONHASHSEED := 0
 $(shell test -x $(BIN)/python && test -x $(BIN)/cxr_nb || rm -f $(READY))
 
 .DEFAULT_GOAL := help
-.PHONY: help env report pdf miniature test lab benchmarks ablations prepare readme lock clean clean-results
+.PHONY: help env report pdf miniature test lab benchmarks ablations tuning prepare readme lock clean clean-results
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -58,6 +58,9 @@ benchmarks: $(READY)  ## measure the speed ratios (D_benchmarks), outside the re
 
 ablations: $(READY)  ## train and sample the U-Net in other ways (E_ablations), outside the report's budget
 	$(RUN) --target ablations
+
+tuning: $(READY)  ## give each method the same number of tries (E_tuning), outside the report's budget
+	$(RUN) --target tuning
 
 test: $(READY)  ## everything that must be green: notebooks, tests, the smoke report, clean and in sync
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2

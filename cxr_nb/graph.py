@@ -181,7 +181,7 @@ def _left_over(parameters, left_out):
         left_out |= {name: why for name, why in lost.items() if why}
 
 # %% ../nbs/00_graph.ipynb #d54488e9
-APART = {"benchmarks": "D_benchmarks", "ablations": "E_ablations"}  # command -> notebook
+APART = {"benchmarks": "D_benchmarks", "ablations": "E_ablations", "tuning": "E_tuning"}  # command -> notebook
 
 # %% ../nbs/00_graph.ipynb #74179765
 @dataclass(frozen=True)
