@@ -17,7 +17,7 @@ export PYTHONHASHSEED := 0
 $(shell test -x $(BIN)/python && test -x $(BIN)/cxr_nb || rm -f $(READY))
 
 .DEFAULT_GOAL := help
-.PHONY: help env report pdf miniature test lab benchmarks ablations tuning prepare readme lock clean clean-results
+.PHONY: help env report pdf miniature test lab benchmarks ablations tuning check prepare readme lock clean clean-results
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -40,6 +40,9 @@ RUN = @CXR_NB_MAKE=$$PPID exec $(BIN)/cxr_nb report --profile "$$PROFILE" --core
 
 report: $(READY)  ## run every notebook of the report that is out of date: PROFILE=demo CORES=all
 	$(RUN)
+
+check: $(READY)  ## what a profile needs, what of it is there, and what to do: PROFILE=paper
+	@$(BIN)/cxr_nb check --profile "$$PROFILE" || test $$? = 1
 
 # the browser is asked for before a report is run for it
 CHROMIUM ?= $(firstword $(foreach p,chromium chromium-browser google-chrome,$(shell command -v $(p))))

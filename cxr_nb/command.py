@@ -22,11 +22,14 @@ def damaged_packages() -> list[str]:
 
 # %% ../nbs/H_command.ipynb #08c0de09
 def main() -> None:
-    "The command `cxr_nb`: `evaluate`, or `cxr_nb.report.main`, in a complete environment, else one line."
+    "The command `cxr_nb`: `evaluate`, `check`, or `cxr_nb.report.main`, in a complete environment, else one line."
     if "CXR_NB_REPORT" not in os.environ and (lacking := damaged_packages()):
         sys.exit(f"cxr_nb: the environment lacks parts of {', '.join(lacking)}; delete .venv, and make makes it anew")
     if sys.argv[1:2] == ["evaluate"]:
         from cxr_nb.evaluation import evaluate_or_exit
         sys.exit(evaluate_or_exit(sys.argv[2:]))
+    if sys.argv[1:2] == ["check"]:
+        from cxr_nb.check import check_or_exit
+        sys.exit(check_or_exit(sys.argv[2:]))
     from cxr_nb.report import main as command
     command()

@@ -370,8 +370,9 @@ def main(
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="run one notebook")
     report = commands.add_parser("report", help="run every notebook that is out of date")
-    # 32_evaluation reads its arguments, and the command hands them to it
+    # 32_evaluation and H_check read their arguments, and the command hands them to these
     commands.add_parser("evaluate", help="measure any folder of generated images against real ones", add_help=False)
+    commands.add_parser("check", help="what a profile needs, what is there and what to do", add_help=False)
     for command in (run, report):
         command.add_argument("--profile", default="demo", help="a file of nbs/profiles (default: demo)")
     run.add_argument(

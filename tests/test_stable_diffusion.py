@@ -236,7 +236,7 @@ def test_lost_files_are_named(folder, tmp_path):
 
 def test_hub_id_without_network_says_what_to_do(monkeypatch):
     def offline(*args): raise ConnectionError("no route to host\nand so on")
-    monkeypatch.setattr(checkpoints, "_cached", lambda *args: None)
+    monkeypatch.setattr(checkpoints, "cached_snapshot", lambda *args: None)
     monkeypatch.setattr(checkpoints, "_announced", offline)
     with pytest.raises(FileNotFoundError) as error: components_folder(f"CompVis/stable-diffusion-v1-4@{PINNED}")
     assert f"hf download CompVis/stable-diffusion-v1-4 --revision {PINNED} --local-dir FOLDER" in str(error.value)
