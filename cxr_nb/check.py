@@ -46,24 +46,20 @@ class Need:
     notebooks: list[str] = field(default_factory=list)
 
 # %% ../nbs/H_check.ipynb #f89b67cd
-_ONE = {"stable_diffusion": "pipeline", "judge": "classifier", "extractor": "extractor"}
-_SEVERAL = {"judges": "classifier", "extractors": "extractor"}
+_ONE, _SEVERAL = ("stable_diffusion", "judge", "extractor"), ("judges", "extractors")  # places
 _BY_NAME = ("encoder", "encoders")  # name -> place
 
 # %% ../nbs/H_check.ipynb #692cb5cc
 def models_of(
     parameters: dict,  # of a notebook
-) -> list[tuple[str, str, str]]:  # kind, name, place
+) -> list[tuple[str, str]]:  # name and place, each once
     "The models that a notebook's parameters name."
-    places = [(kind, parameters[key]) for key, kind in _ONE.items() if parameters.get(key)]
-    places += [(kind, place) for key, kind in _SEVERAL.items() for place in parameters.get(key, [])]
-    named = [(kind, model_name(place), place) for kind, place in places]
-    encoders = [pair for key in _BY_NAME for pair in parameters.get(key, {}).items()]
-    sources = [encoder_source(*pair) for pair in encoders]
-    return named + [
-        ("encoder", source.name, f"{source.location}@{source.revision}" if source.revision else source.location)
-        for source in sources
-    ]
+    places = [parameters[key] for key in _ONE if parameters.get(key)]
+    places += [place for key in _SEVERAL for place in parameters.get(key, [])]
+    encoders = [encoder_source(*pair) for key in _BY_NAME for pair in parameters.get(key, {}).items()]
+    named = [(model_name(place), place) for place in places]
+    named += [(one.name, f"{one.location}@{one.revision}" if one.revision else one.location) for one in encoders]
+    return [*dict.fromkeys(named)]
 
 # %% ../nbs/H_check.ipynb #59334b29
 def _fetched_file(name):
@@ -117,8 +113,9 @@ def needs_of(
     parameters, there = resolve_all(profile), graph(profile).notebooks
     needs = {}
     for notebook in there:
-        for _, name, place in models_of(parameters[notebook]):
-            needs.setdefault(place, model_need(name, place)).notebooks.append(notebook)
+        for name, place in models_of(parameters[notebook]):
+            if place not in needs: needs[place] = model_need(name, place)
+            needs[place].notebooks.append(notebook)
     return [*needs.values(), *data_needs(parameters["21_datasets"])]
 
 # %% ../nbs/H_check.ipynb #07fa4a02
