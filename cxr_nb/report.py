@@ -131,7 +131,7 @@ def _image_references(p: dict[str, dict], drawn: dict[str, list[str]]):
         for prompt in ("no_finding_prompt", "effusion_prompt"):
             yield _takes(p, notebook, prompt, "22_stable_diffusion", prompts)
             yield _takes(p, notebook, prompt, "27_unet_finetuning", [unet[prompt]])
-    for notebook in ("34_generation_results", "35_classification_results", "E_ablations"):
+    for notebook in ("34_generation_results", "E_ablations"):
         yield _takes(p, notebook, "extractor", "28_classification", judged["extractors"])
     for notebook, name in (("10_introduction", "shown_variants"), ("34_generation_results", "shown_variants"),
                            ("E_ablations", "variant"), ("E_ablations", "prior_variant")):
