@@ -9,12 +9,17 @@ from pathlib import Path
 
 import nbformat
 import numpy as np
+import pandas as pd
 import pytest
 from browser import Browser, in_chromium, until
 from PIL import Image
 
+from cxr_nb import graph
+from cxr_nb.autoencoder import statistics_table
 from cxr_nb.reader_sheet import write_sheet
-from cxr_nb.reading_study import Reading, all_answers, image_items, import_answers, pair_items, read_study, write_study
+from cxr_nb.reading_results import results_table
+from cxr_nb.reading_study import Reading, all_answers, answer, image_items, import_answers, pair_items, read_study, write_study
+from cxr_nb.reconstruction import printed_quality, reader_results, readers_sentence, with_readers
 
 
 @pytest.fixture
@@ -188,6 +193,35 @@ while True:
         assert len(events) - before in (len(told), len(told) + 1)
         assert [event["event"] for event in events[before:]][:len(told)] == [{"saved\n": "answer", "undone\n": "undo"}[line] for line in told]
         if Reading(pairs, "anna").answers: Reading(pairs, "anna").add("undo")
+
+
+def test_scores_stand_beside_the_published_ones_and_nothing_does_without_readers(pairs):
+    "As I_reader_study leaves them and 32_autoencoder_results takes them."
+    def table():
+        results = results_table(pairs).assign(source="Toy", vae="sd", size=64)
+        results.to_csv(pairs.folder / "results.csv", index=False)
+        read = reader_results([pd.read_csv(pairs.folder / "results.csv")], "Toy", "sd", 64)
+        quality = statistics_table(pd.DataFrame({"ssim": [0.8, 0.9]}), np.array(["a", "b"]), printed_quality("MIMIC-CXR"), 50)
+        return with_readers(quality, read, "measured on Toy").query("row == 'radiologist_score'").set_index("column"), readers_sentence(read)
+
+    rows, sentence = table()
+    assert rows.measured.isna().all() and rows.published["mean"] == 4.51 and rows.note.str.startswith("not read; cxr_nb run I_reader_study").all()
+    for reader, keys in {"anna": "552", "ben": "434"}.items():
+        reading = Reading(pairs, reader)
+        for key in keys: answer(reading, reading.open[0]["item"], "quality", key)
+    rows, sentence = table()
+    given = np.array([5, 5, 2, 4, 3, 4])
+    expected = {"mean": given.mean(), "sd": given.std(ddof=1), "median": 4, "min": 2, "max": 5, "share of 2 or less": 1 / 6}
+    assert rows.measured.to_dict() == pytest.approx(expected) and (rows.n == 6).all() and rows.published.to_dict()["share of 2 or less"] == 0
+    assert rows.ci_low["mean"] < given.mean() < rows.ci_high["mean"] and rows.note["mean"] == "measured on Toy; readers: 2"
+    assert f"Readers (2) gave 6 scores of 1 to 5: mean {given.mean():.2f} [" in sentence and "published: mean 4.51" in sentence
+
+
+def test_no_notebook_waits_for_a_reader():
+    "The answers are read where there are any; the graph has no maker of them."
+    made = graph.graph("demo")
+    assert "reading/*/results.csv" in made.declared["32_autoencoder_results"].reads
+    assert not any(file.startswith("reading/") for files in made.notebooks.values() for file in files.reads)
 
 
 def free_port():
