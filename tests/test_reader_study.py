@@ -1,17 +1,14 @@
 "The reader study as readers meet it: in a browser alone, in JupyterLab, and through a kernel that dies."
-import os
 import signal
-import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import nbformat
 import numpy as np
 import pandas as pd
 import pytest
-from browser import Browser, in_chromium, until
+from browser import Browser, in_chromium, jupyter_lab, run_all, until
 from PIL import Image
 
 from cxr_nb import graph
@@ -224,30 +221,6 @@ def test_no_notebook_waits_for_a_reader():
     assert not any(file.startswith("reading/") for files in made.notebooks.values() for file in files.reads)
 
 
-def free_port():
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return one.getsockname()[1]
-
-
-@pytest.fixture
-def lab(tmp_path):
-    "JupyterLab on a folder: its address and the folder."
-    root, port = tmp_path / "root", free_port()
-    root.mkdir()
-    places = {f"JUPYTER_{name}_DIR": str(tmp_path / name.lower()) for name in ("CONFIG", "RUNTIME")} | {"JUPYTERLAB_SETTINGS_DIR": str(tmp_path / "settings")}
-    command = [Path(sys.executable).parent / "jupyter", "lab", "--no-browser", "--allow-root", "--expose-app-in-browser", f"--ServerApp.port={port}",
-               "--IdentityProvider.token=", "--ServerApp.password=", f"--ServerApp.root_dir={root}", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"]
-    with (tmp_path / "lab.log").open("w") as log:
-        server = subprocess.Popen(command, env=os.environ | places | {"PYTHONPATH": os.pathsep.join(sys.path)}, stdout=log, stderr=log, start_new_session=True)
-    try:
-        until(lambda: "is running at" in (tmp_path / "lab.log").read_text(), "JupyterLab did not start")
-        yield f"http://127.0.0.1:{port}", root
-    finally:
-        os.killpg(server.pid, signal.SIGTERM)
-        server.wait(30)
-
-
 PANEL = """
 from pathlib import Path
 from cxr_nb.reader_panel import ReaderPanel
@@ -255,21 +228,17 @@ from cxr_nb.reading_study import read_study
 ReaderPanel(read_study(Path(PLACE)), "anna")
 """
 BUTTONS = "[...document.querySelectorAll('.jp-OutputArea .jupyter-button')]"
-NOTEBOOK = "[...window.jupyterapp?.shell?.widgets('main') ?? []][0]"
 
 
 @in_chromium
-def test_the_panel_in_jupyterlab(lab, pairs, tmp_path):
-    address, root = lab
+def test_the_panel_in_jupyterlab(pairs, tmp_path):
+    root = tmp_path / "root"
+    root.mkdir()
     code = nbformat.v4.new_code_cell(PANEL.replace("PLACE", repr(str(pairs.folder))))
     metadata = {"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}}
     nbformat.write(nbformat.v4.new_notebook(cells=[code], metadata=metadata), root / "reading.ipynb")
-    with Browser(tmp_path / "chromium") as browser:
-        browser.open(f"{address}/lab/tree/reading.ipynb?reset")
-        browser.wait(f"{NOTEBOOK}?.context?.sessionContext?.session?.kernel?.status == 'idle'")
-        browser.value(f"jupyterapp.shell.activateById({NOTEBOOK}.id)")
-        browser.wait("jupyterapp.shell.currentWidget != null")
-        browser.value("jupyterapp.commands.execute('notebook:run-all-cells')")
+    with jupyter_lab(tmp_path, root) as address, Browser(tmp_path / "chromium") as browser:
+        run_all(browser, f"{address}/lab/tree/reading.ipynb")
         browser.wait(f"{BUTTONS}.length == 6")  # five scores and undo
         assert browser.value("document.querySelectorAll('.jp-OutputArea-output[data-mime-type*=error], .jp-RenderedText[data-mime-type*=stderr]').length") == 0
         browser.wait("[...document.querySelectorAll('.jp-OutputArea img')].filter(i => i.naturalWidth).length == 2")
