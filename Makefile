@@ -76,7 +76,7 @@ prepare: $(READY)  ## before a commit: export, clean and render the README
 # links are written for nbs/, where the notebook lies
 readme: $(READY)
 	$(BIN)/python -m nbconvert --execute --to markdown --no-input --log-level WARN --stdout nbs/index.ipynb > .partial-README.md
-	sed 's#(\.\./#(#g' .partial-README.md > README.md
+	sed 's#\([("]\)\.\./#\1#g' .partial-README.md > README.md
 	rm .partial-README.md
 
 lock: $(READY)  ## resolve requirements.lock anew from settings.ini

@@ -49,7 +49,7 @@ class Browser:
         self.socket.send(json.dumps({"id": self.number, "method": method, "params": parameters}))
         while True:
             message = json.loads(self.socket.recv())
-            if message.get("method") == "Runtime.exceptionThrown": self.console.append(json.dumps(message["params"]["exceptionDetails"])[:400])
+            if message.get("method") == "Runtime.exceptionThrown": self.console.append(message["params"]["exceptionDetails"].get("exception", {}).get("description", "an exception"))
             if message.get("method") == "Log.entryAdded" and message["params"]["entry"]["level"] == "error": self.console.append(message["params"]["entry"]["text"])
             if message.get("id") == self.number: break
         assert "error" not in message, message["error"]
