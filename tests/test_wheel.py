@@ -90,7 +90,8 @@ import pkgutil, importlib
 for module in pkgutil.iter_modules(cxr_nb.__path__): importlib.import_module(f"cxr_nb.{module.name}")
 import matplotlib
 assert os.getcwd() == place
-changed = {k for k, v in os.environ.items() if before.get(k) != v}
+theirs = ("KMP_", "TORCH")  # which torch and scikit-learn set when they are imported
+changed = {k for k, v in os.environ.items() if before.get(k) != v and not k.startswith(theirs)}
 print("changed", sorted(changed), matplotlib.rcParams["axes.grid"])
 """
     done = python(code)
