@@ -24,14 +24,16 @@ def _by_place(path):
     first, *rest = path.parts
     if first == "outputs" and rest[:1] != ["demo"]: return "results of another profile than demo"
     if first == "outputs" and rest[1:2] and rest[1] not in _OF_DEMO: return f"{rest[1]} of the demo stay untracked"
-    if path.parent.as_posix() == "nbs/profiles" and path.stem not in _PROFILES: return "a profile of your own names data"
-    return ""
+    own = path.parent.as_posix() == "nbs/profiles" and path.stem not in _PROFILES
+    return "a profile of your own names data" if own else ""
 
 # %% ../nbs/01_commit_check.ipynb #6bb29a69
 _IMAGES = ".bmp .dcm .dicom .gif .jpeg .jpg .nii .png .svg .tif .tiff .webp".split()
 
 # %% ../nbs/01_commit_check.ipynb #e3c4331e
-_DATA = ".7z .bin .ckpt .db .feather .gz .h5 .npy .npz .parquet .pickle .pkl .pt .pth .safetensors .tar .tgz .zip".split()
+_DATA = (
+    ".7z .bin .ckpt .db .feather .gz .h5 .npy .npz .parquet .pickle .pkl .pt .pth .safetensors .tar .tgz .zip"
+).split()
 
 # %% ../nbs/01_commit_check.ipynb #9d7509c8
 _BEGINS = {
@@ -51,9 +53,9 @@ def _kind(path, content):
 def _by_kind(path, content):
     "Why a file may not be committed for what kind it is; empty where it may."
     kind, place = _kind(path, content), path.as_posix()
-    if kind == "image" and not place.startswith("outputs/demo/figures/"): return "an image outside of the demo's figures"
-    if kind == "data" and not place.startswith("cxr_nb/miniature/"): return "arrays, weights or an archive"
-    return ""
+    figure = place.startswith("outputs/demo/figures/")
+    if kind == "image": return "" if figure else "an image outside of the demo's figures"
+    return "arrays, weights or an archive" if kind and not place.startswith("cxr_nb/miniature/") else ""
 
 # %% ../nbs/01_commit_check.ipynb #5b93c99c
 def _by_outputs(path, content):
@@ -61,9 +63,8 @@ def _by_outputs(path, content):
     if path.suffix != ".ipynb" or path.as_posix().startswith("outputs/demo/notebooks/"): return ""
     try: cells = json.loads(content)["cells"]
     except (ValueError, KeyError, TypeError): return "no whole notebook"
-    if any(cell.get("outputs") for cell in cells): return "a notebook with saved outputs; .venv/bin/nbdev_clean clears it"
-    if any(cell.get("attachments") for cell in cells): return "a notebook with a pasted image"
-    return ""
+    if any(cell.get("outputs") for cell in cells): return "a notebook with saved outputs; clear them"
+    return "a notebook with a pasted image" if any(cell.get("attachments") for cell in cells) else ""
 
 # %% ../nbs/01_commit_check.ipynb #7e93ba27
 _TEXTS = ".csv .html .ipynb .json .jsonl .log .md .tsv .txt .xml .yaml .yml".split()
@@ -76,7 +77,8 @@ _IDS = re.compile(
 
 # %% ../nbs/01_commit_check.ipynb #40c67fff
 _HEADINGS = re.compile(
-    rb"(?m)(?:^|\\n|\"|,)[ \t]*(EXAMINATION|INDICATION|TECHNIQUE|COMPARISON|FINDINGS|IMPRESSION|FINAL REPORT)\b[ \t]*(?::|\\n|$)"
+    rb"(?m)(?:^|\\n|\"|,)[ \t]*(EXAMINATION|INDICATION|TECHNIQUE|COMPARISON|FINDINGS|IMPRESSION|FINAL REPORT)"
+    rb"\b[ \t]*(?::|\\n|$)"
 )
 
 # %% ../nbs/01_commit_check.ipynb #2122d594
@@ -106,7 +108,8 @@ def _git(*words):
     try: done = subprocess.run(["git", *words], capture_output=True)
     except OSError as error: raise RuntimeError(f"git: {error}") from None
     if done.returncode == 0: return done.stdout
-    raise RuntimeError(f"git {words[0]}: {(done.stderr.decode(errors='replace').strip().splitlines() or ['failed'])[0]}")
+    said = done.stderr.decode(errors="replace").strip().splitlines() or ["failed"]
+    raise RuntimeError(f"git {words[0]}: {said[0]}")
 
 # %% ../nbs/01_commit_check.ipynb #fdbc0d4c
 def staged() -> dict[str, str]:  # name -> why it is refused

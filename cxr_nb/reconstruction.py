@@ -278,9 +278,9 @@ def readers_sentence(
     low = with_interval(100 * low["measured"], 100 * low["ci_low"], 100 * low["ci_high"], 0)
     sd, median, least, most = (scores[name]["measured"] for name in ("sd", "median", "min", "max"))
     return (
-        f"Readers ({read['readers']}) gave {int(scores['mean']['n'])} scores of 1 to 5: mean {mean}, standard deviation "
-        f"{sd:.2f}, median {median:g}, range {least:g} to {most:g}; {low} % are 2 or less (published: mean "
-        f"{printed['mean']:g}, standard deviation {printed['sd']:g}, median {printed['median']:g}, range "
+        f"Readers ({read['readers']}) gave {int(scores['mean']['n'])} scores of 1 to 5: mean {mean}, "
+        f"standard deviation {sd:.2f}, median {median:g}, range {least:g} to {most:g}; {low} % are 2 or less "
+        f"(published: mean {printed['mean']:g}, standard deviation {printed['sd']:g}, median {printed['median']:g}, range "
         f"{printed['min']:g} to {printed['max']:g}, one radiologist)."
     )
 
