@@ -17,7 +17,7 @@ export PYTHONHASHSEED := 0
 $(shell test -x $(BIN)/python && test -x $(BIN)/cxr_nb || rm -f $(READY))
 
 .DEFAULT_GOAL := help
-.PHONY: help env report pdf miniature test lab benchmarks ablations tuning check prepare readme lock clean clean-results
+.PHONY: help env report pdf miniature test lab hook benchmarks ablations tuning check prepare readme lock clean clean-results
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -82,8 +82,11 @@ prepare: $(READY)  ## before a commit: export, clean and render the README
 # links are written for nbs/, where the notebook lies
 readme: $(READY)
 	$(BIN)/python -m nbconvert --execute --to markdown --no-input --log-level WARN --stdout nbs/index.ipynb > .partial-README.md
-	sed 's#(\.\./#(#g' .partial-README.md > README.md
+	sed 's#\([("]\)\.\./#\1#g' .partial-README.md > README.md
 	rm .partial-README.md
+
+hook: $(READY)  ## let git refuse to commit what may show data under an agreement
+	@$(BIN)/python -c "from cxr_nb.commit_check import install; install()"
 
 lock: $(READY)  ## resolve requirements.lock anew from settings.ini
 	$(BIN)/uv pip compile --quiet --universal --generate-hashes --no-header --python-version 3.11 --extra dev --extra real setup.py -o requirements.lock

@@ -195,6 +195,12 @@ _DICOM_RELEASES = {  # source -> where its images are available converted
     "Open-i": "is a DICOM file; the collection is also available as PNG: take NLMCXR_png.tgz",
 }
 
+# %% ../nbs/11_files.ipynb #7e0b9cbb
+_TERMS = {  # source -> how it is to be had
+    "MIMIC-CXR": "PhysioNet gives it to credentialed users who sign its data use agreement, which forbids passing it on",
+    "CheXpert": "Stanford AIMI gives it to those who accept its research use agreement, which forbids passing it on",
+}
+
 # %% ../nbs/11_files.ipynb #7d17618a
 def not_the_data_set(source, root, looked_for):
     "The FileNotFoundError for a folder that is not a data set."
@@ -202,6 +208,7 @@ def not_the_data_set(source, root, looked_for):
         "it is another folder" if Path(root).is_dir() else "it is a file" if Path(root).exists() else "it is not there"
     )
     line = f"{source}: {root} is not the data set ({there}); looked for {looked_for}"
+    line += "".join(f"; {terms}" for name, terms in _TERMS.items() if source.startswith(name))
     if dicom := first_dicom(root): line += f"; {dicom.relative_to(root)} {_DICOM_RELEASES.get(source, DICOM)}"
     return FileNotFoundError(line)
 

@@ -261,6 +261,12 @@ def _resolved(sections: dict[str, dict], notebook: str, profile: str, overrides:
         check_parameter(where, name, given[name], type_name)
     return {name: given[name] for name in declared}
 
+# %% ../nbs/00_profiles.ipynb #15415292
+def _with_section(sections: dict[str, dict], notebook: str) -> dict[str, dict]:
+    "A profile's sections, and the defaults of a notebook that takes a profile and is no part of the report."
+    if notebook in sections or "profile" not in declared_parameters(notebook): return sections
+    return sections | {notebook: _defaults(notebook)}
+
 # %% ../nbs/00_profiles.ipynb #dc312112
 def resolve_parameters(
     notebook: str,  # stem of a notebook in nbs/
@@ -272,7 +278,7 @@ def resolve_parameters(
     Raises KeyError for an unknown parameter and TypeError for a mistyped one, each
     naming the notebook and the key.
     """
-    return _resolved(load_profile(profile), notebook, profile, overrides)
+    return _resolved(_with_section(load_profile(profile), notebook), notebook, profile, overrides)
 
 # %% ../nbs/00_profiles.ipynb #e46695f5
 def resolve_all(

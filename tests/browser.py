@@ -1,10 +1,16 @@
 "Chromium as a person uses it, driven by its own protocol: pages are opened, keys pressed, buttons clicked."
 import base64
 import json
+import os
 import shutil
+import signal
+import socket
 import subprocess
+import sys
 import time
 import urllib.request
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import websocket
@@ -43,7 +49,7 @@ class Browser:
         self.socket.send(json.dumps({"id": self.number, "method": method, "params": parameters}))
         while True:
             message = json.loads(self.socket.recv())
-            if message.get("method") == "Runtime.exceptionThrown": self.console.append(json.dumps(message["params"]["exceptionDetails"])[:400])
+            if message.get("method") == "Runtime.exceptionThrown": self.console.append(message["params"]["exceptionDetails"].get("exception", {}).get("description", "an exception"))
             if message.get("method") == "Log.entryAdded" and message["params"]["entry"]["level"] == "error": self.console.append(message["params"]["entry"]["text"])
             if message.get("id") == self.number: break
         assert "error" not in message, message["error"]
@@ -83,3 +89,38 @@ def until(attempt, complaint, seconds=60):
         except (OSError, AssertionError, IndexError, ValueError): pass
         time.sleep(0.2)
     raise AssertionError(complaint)
+
+
+def free_port():
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
+
+
+@contextmanager
+def jupyter_lab(tmp_path, root, **environment):
+    "JupyterLab on a folder; gives its address."
+    port = free_port()
+    places = {f"JUPYTER_{name}_DIR": str(tmp_path / name.lower()) for name in ("CONFIG", "RUNTIME")} | {"JUPYTERLAB_SETTINGS_DIR": str(tmp_path / "settings")}
+    command = [Path(sys.executable).parent / "jupyter", "lab", "--no-browser", "--allow-root", "--expose-app-in-browser", f"--ServerApp.port={port}",
+               "--IdentityProvider.token=", "--ServerApp.password=", f"--ServerApp.root_dir={root}", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"]
+    with (tmp_path / "lab.log").open("w") as log:
+        server = subprocess.Popen(command, env=os.environ | places | environment | {"PYTHONPATH": os.pathsep.join(sys.path)}, stdout=log, stderr=log, start_new_session=True)
+    try:
+        until(lambda: "is running at" in (tmp_path / "lab.log").read_text(), "JupyterLab did not start")
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)
+        server.wait(30)
+
+
+NOTEBOOK = "[...window.jupyterapp?.shell?.widgets('main') ?? []][0]"
+
+
+def run_all(browser, address):
+    "Open a notebook in JupyterLab and choose Run All; `window.ended` says when all cells have run."
+    browser.open(f"{address}?reset")
+    browser.wait(f"{NOTEBOOK}?.context?.sessionContext?.session?.kernel?.status == 'idle'")
+    browser.value(f"jupyterapp.shell.activateById({NOTEBOOK}.id)")
+    browser.wait("jupyterapp.shell.currentWidget != null")
+    browser.call("Runtime.evaluate", expression="window.ended = false; jupyterapp.commands.execute('notebook:run-all-cells').then(() => { window.ended = true; })")

@@ -62,7 +62,7 @@ def hub():
 
     Weights are announced as large files. It can misbehave: `served` has other bytes for some names, `listing` changes the list of
     files, `following` says where that goes on, `etag` the name of a file's content, `status` refuses a path, of a path that is `silent`
-    nothing is heard, and of one that `drips` a byte now and then.
+    nothing is heard, and of one that `drips` a byte now and then. A body is `cut` where the network goes in mid-download.
     """
     servers, end = [], threading.Event()
 
@@ -73,7 +73,8 @@ def hub():
         return result | ({"lfs": {"oid": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 134}} if large else {})
 
     def serve(repositories, revision, served={}, listing=lambda tree: tree, etag=lambda entry: entry.get("lfs", entry)["oid"],
-              status=lambda path: None, silent=lambda method, path: False, drips=lambda path: False, following=lambda path: None):
+              status=lambda path: None, silent=lambda method, path: False, drips=lambda path: False, following=lambda path: None,
+              cut=lambda path: False):
         asked = []
 
         class Hub(BaseHTTPRequestHandler):
@@ -81,7 +82,7 @@ def hub():
                 self.send_response(200)
                 for key, value in {"Content-Length": len(body), "X-Repo-Commit": revision, **headers}.items(): self.send_header(key.replace("_", "-"), str(value))
                 self.end_headers()
-                if self.command == "GET": self.wfile.write(body)
+                if self.command == "GET": self.wfile.write(body[:len(body) // 2] if cut(self.path) else body)
 
             def drip(self):
                 self.send_response(200)

@@ -1,20 +1,22 @@
 "The reader study as readers meet it: in a browser alone, in JupyterLab, and through a kernel that dies."
-import os
 import signal
-import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import nbformat
 import numpy as np
+import pandas as pd
 import pytest
-from browser import Browser, in_chromium, until
+from browser import Browser, in_chromium, jupyter_lab, run_all, until
 from PIL import Image
 
+from cxr_nb import graph
+from cxr_nb.autoencoder import statistics_table
 from cxr_nb.reader_sheet import write_sheet
-from cxr_nb.reading_study import Reading, all_answers, image_items, import_answers, pair_items, read_study, write_study
+from cxr_nb.reading_results import results_table
+from cxr_nb.reading_study import Reading, all_answers, answer, image_items, import_answers, pair_items, read_study, write_study
+from cxr_nb.reconstruction import printed_quality, reader_results, readers_sentence, with_readers
 
 
 @pytest.fixture
@@ -190,28 +192,33 @@ while True:
         if Reading(pairs, "anna").answers: Reading(pairs, "anna").add("undo")
 
 
-def free_port():
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return one.getsockname()[1]
+def test_scores_stand_beside_the_published_ones_and_nothing_does_without_readers(pairs):
+    "As I_reader_study leaves them and 32_autoencoder_results takes them."
+    def table():
+        results = results_table(pairs).assign(source="Toy", vae="sd", size=64)
+        results.to_csv(pairs.folder / "results.csv", index=False)
+        read = reader_results([pd.read_csv(pairs.folder / "results.csv")], "Toy", "sd", 64)
+        quality = statistics_table(pd.DataFrame({"ssim": [0.8, 0.9]}), np.array(["a", "b"]), printed_quality("MIMIC-CXR"), 50)
+        return with_readers(quality, read, "measured on Toy").query("row == 'radiologist_score'").set_index("column"), readers_sentence(read)
+
+    rows, sentence = table()
+    assert rows.measured.isna().all() and rows.published["mean"] == 4.51 and rows.note.str.startswith("not read; cxr_nb run I_reader_study").all()
+    for reader, keys in {"anna": "552", "ben": "434"}.items():
+        reading = Reading(pairs, reader)
+        for key in keys: answer(reading, reading.open[0]["item"], "quality", key)
+    rows, sentence = table()
+    given = np.array([5, 5, 2, 4, 3, 4])
+    expected = {"mean": given.mean(), "sd": given.std(ddof=1), "median": 4, "min": 2, "max": 5, "share of 2 or less": 1 / 6}
+    assert rows.measured.to_dict() == pytest.approx(expected) and (rows.n == 6).all() and rows.published.to_dict()["share of 2 or less"] == 0
+    assert rows.ci_low["mean"] < given.mean() < rows.ci_high["mean"] and rows.note["mean"] == "measured on Toy; readers: 2"
+    assert f"Readers (2) gave 6 scores of 1 to 5: mean {given.mean():.2f} [" in sentence and "published: mean 4.51" in sentence
 
 
-@pytest.fixture
-def lab(tmp_path):
-    "JupyterLab on a folder: its address and the folder."
-    root, port = tmp_path / "root", free_port()
-    root.mkdir()
-    places = {f"JUPYTER_{name}_DIR": str(tmp_path / name.lower()) for name in ("CONFIG", "RUNTIME")} | {"JUPYTERLAB_SETTINGS_DIR": str(tmp_path / "settings")}
-    command = [Path(sys.executable).parent / "jupyter", "lab", "--no-browser", "--allow-root", "--expose-app-in-browser", f"--ServerApp.port={port}",
-               "--IdentityProvider.token=", "--ServerApp.password=", f"--ServerApp.root_dir={root}", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"]
-    with (tmp_path / "lab.log").open("w") as log:
-        server = subprocess.Popen(command, env=os.environ | places | {"PYTHONPATH": os.pathsep.join(sys.path)}, stdout=log, stderr=log, start_new_session=True)
-    try:
-        until(lambda: "is running at" in (tmp_path / "lab.log").read_text(), "JupyterLab did not start")
-        yield f"http://127.0.0.1:{port}", root
-    finally:
-        os.killpg(server.pid, signal.SIGTERM)
-        server.wait(30)
+def test_no_notebook_waits_for_a_reader():
+    "The answers are read where there are any; the graph has no maker of them."
+    made = graph.graph("demo")
+    assert "reading/*/results.csv" in made.declared["32_autoencoder_results"].reads
+    assert not any(file.startswith("reading/") for files in made.notebooks.values() for file in files.reads)
 
 
 PANEL = """
@@ -221,21 +228,17 @@ from cxr_nb.reading_study import read_study
 ReaderPanel(read_study(Path(PLACE)), "anna")
 """
 BUTTONS = "[...document.querySelectorAll('.jp-OutputArea .jupyter-button')]"
-NOTEBOOK = "[...window.jupyterapp?.shell?.widgets('main') ?? []][0]"
 
 
 @in_chromium
-def test_the_panel_in_jupyterlab(lab, pairs, tmp_path):
-    address, root = lab
+def test_the_panel_in_jupyterlab(pairs, tmp_path):
+    root = tmp_path / "root"
+    root.mkdir()
     code = nbformat.v4.new_code_cell(PANEL.replace("PLACE", repr(str(pairs.folder))))
     metadata = {"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}}
     nbformat.write(nbformat.v4.new_notebook(cells=[code], metadata=metadata), root / "reading.ipynb")
-    with Browser(tmp_path / "chromium") as browser:
-        browser.open(f"{address}/lab/tree/reading.ipynb?reset")
-        browser.wait(f"{NOTEBOOK}?.context?.sessionContext?.session?.kernel?.status == 'idle'")
-        browser.value(f"jupyterapp.shell.activateById({NOTEBOOK}.id)")
-        browser.wait("jupyterapp.shell.currentWidget != null")
-        browser.value("jupyterapp.commands.execute('notebook:run-all-cells')")
+    with jupyter_lab(tmp_path, root) as address, Browser(tmp_path / "chromium") as browser:
+        run_all(browser, f"{address}/lab/tree/reading.ipynb")
         browser.wait(f"{BUTTONS}.length == 6")  # five scores and undo
         assert browser.value("document.querySelectorAll('.jp-OutputArea-output[data-mime-type*=error], .jp-RenderedText[data-mime-type*=stderr]').length") == 0
         browser.wait("[...document.querySelectorAll('.jp-OutputArea img')].filter(i => i.naturalWidth).length == 2")

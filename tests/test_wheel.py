@@ -1,6 +1,7 @@
 "The package as a wheel brings it: imported and run from a folder that is no checkout."
 import json
 import os
+import re
 import subprocess
 import sys
 import zipfile
@@ -66,3 +67,34 @@ def test_a_profile_of_one_s_own_stands_beside_those_of_the_wheel(python, tmp_pat
     done = python("from cxr_nb import places, profiles; print(places.source_names('profiles', '.yaml'), profiles.resolve_parameters('31_training_details', 'mine'))")
     assert done.returncode == 0, done.stderr
     assert "'mine'" in done.stdout and "'demo'" in done.stdout
+
+
+def test_the_readmes_examples_run_with_the_wheel_alone(python):
+    examples = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.S)
+    assert examples
+    for example in examples:
+        done = python(example + "\nassert scores.tolist() == [100] * 4, scores")
+        assert done.returncode == 0, done.stderr
+
+
+def test_importing_is_without_side_effects(python, tmp_path):
+    "No file, no folder, no network, no word, no setting of the environment or of plots; the package alone loads no library."
+    code = """
+import os, socket, sys
+def refuse(*words): raise AssertionError("the network was asked for")
+socket.socket.connect = refuse
+before, place = dict(os.environ), os.getcwd()
+import cxr_nb
+assert not {"torch", "pandas", "numpy", "matplotlib"} & set(sys.modules), "import cxr_nb loads the stack"
+import pkgutil, importlib
+for module in pkgutil.iter_modules(cxr_nb.__path__): importlib.import_module(f"cxr_nb.{module.name}")
+import matplotlib
+assert os.getcwd() == place
+theirs = ("KMP_", "TORCH")  # which torch and scikit-learn set when they are imported
+changed = {k for k, v in os.environ.items() if before.get(k) != v and not k.startswith(theirs)}
+print("changed", sorted(changed), matplotlib.rcParams["axes.grid"])
+"""
+    done = python(code)
+    assert done.returncode == 0, done.stderr
+    assert [path for path in tmp_path.iterdir()] == [] and done.stdout.splitlines()[-1].startswith("changed []"), done.stdout
+    assert len(done.stdout.splitlines()) == 1 and done.stdout.endswith("False\n"), done.stdout

@@ -1,0 +1,90 @@
+"The hook of `make hook`: nothing that may show data under an agreement is committed, and the project itself is."
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, tracked
+from PIL import Image
+
+from cxr_nb.commit_check import HOOK, install, why_refused
+
+
+def git(folder, *words): return subprocess.run(["git", "-C", str(folder), "-c", "user.name=a", "-c", "user.email=a@b", *words], capture_output=True, text=True)
+
+
+@pytest.fixture
+def repository(tmp_path, monkeypatch, capsys):
+    "One with the project's .gitignore and the hook, whose Python is this one."
+    for name in [name for name in os.environ if name.startswith("GIT_")]: monkeypatch.delenv(name)
+    folder = tmp_path / "repository"
+    (folder / ".venv/bin").mkdir(parents=True)
+    (folder / ".venv/bin/python").write_text(f'#!/bin/sh\nPYTHONPATH="{os.pathsep.join(filter(None, sys.path))}" exec "{sys.executable}" "$@"\n')
+    (folder / ".venv/bin/python").chmod(0o755)
+    shutil.copy(ROOT / ".gitignore", folder)
+    assert git(tmp_path, "init", "--quiet", "repository").returncode == 0
+    monkeypatch.chdir(folder)
+    install()
+    install()  # a second time changes nothing
+    assert git(folder, "add", ".gitignore").returncode == git(folder, "commit", "--quiet", "-m", "first").returncode == 0
+    return folder
+
+
+def picture(path): Image.new("L", (9, 9)).save(path, "PNG")
+
+
+MADE = {
+    "outputs/mine/tables/table_1.csv": lambda p: p.write_text("row,column\n"),
+    "outputs/demo/cohorts/a.csv": lambda p: p.write_text("a\n"),
+    "copied/a.png": picture, "copied/a.txt": picture, "copied/a.parquet": lambda p: p.write_bytes(b"PAR1"),
+    "nbs/10_introduction.ipynb": lambda p: p.write_text(json.dumps({"cells": [{"outputs": [{"text": "x"}]}]})),
+    "nbs/profiles/mine.yaml": lambda p: p.write_text("21_datasets: {mimic_cxr: /data}\n"),
+    "outputs/demo/records/a.json": lambda p: p.write_text('{"of": "p10000032/s50414267"}'),
+    "outputs/demo/notebooks/a.ipynb": lambda p: p.write_text(json.dumps({"cells": [{"outputs": [{"text": "FINDINGS:\nClear.\nIMPRESSION: Normal."}]}]})),
+    "notes.md": lambda p: p.write_text("CheXpert-v1.0/train/patient00001/study1/view1_frontal.jpg\n"),
+}
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_what_may_show_data_is_refused(repository, name):
+    (repository / name).parent.mkdir(parents=True, exist_ok=True)
+    MADE[name](repository / name)
+    git(repository, "add", "--force", name)
+    done = git(repository, "commit", "--quiet", "-m", "by accident")
+    assert done.returncode == 1 and f"cxr_nb: '{name}': " in done.stderr and "p10000032" not in done.stderr
+    assert git(repository, "log", "--oneline").stdout.count("\n") == 1
+    git(repository, "rm", "--cached", "--quiet", name)
+    (repository / "code.py").write_text("x = 1\n")
+    git(repository, "add", "code.py")
+    assert git(repository, "commit", "--quiet", "-m", "code alone").returncode == 0
+
+
+def test_what_counts_is_what_is_staged(repository):
+    (repository / "notes.md").write_text("s50414267\n")
+    git(repository, "add", "notes.md")
+    (repository / "notes.md").write_text("harmless\n")
+    assert git(repository, "commit", "--quiet", "-m", "by accident").returncode == 1
+    assert git(repository, "commit", "--quiet", "-m", "all", "--all").returncode == 0
+    git(repository, "rm", "--quiet", "notes.md")
+    assert git(repository, "commit", "--quiet", "-m", "gone").returncode == 0
+
+
+def test_without_an_environment_nothing_is_committed(repository):
+    shutil.rmtree(repository / ".venv")
+    (repository / "code.py").write_text("x = 1\n")
+    git(repository, "add", "code.py")
+    assert git(repository, "commit", "--quiet", "-m", "code").returncode != 0
+
+
+def test_a_hook_of_somebody_else_stays(repository):
+    path = repository / ".git/hooks/pre-commit"
+    path.write_text("#!/bin/sh\n")
+    with pytest.raises(SystemExit, match="is another hook; add to it: exec"): install()
+    assert path.read_text() == "#!/bin/sh\n" != HOOK
+
+
+def test_the_project_itself_passes():
+    refused = {path.name: why for path in tracked() if (why := why_refused(path.relative_to(ROOT).as_posix(), path.read_bytes()))}
+    assert refused == {}
