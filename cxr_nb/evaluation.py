@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['NEAREST_COLUMNS', 'EXTRACTORS', 'JUDGES', 'IMAGE_TEXT', 'Requirement', 'read_requirement', 'check_requirement',
-           'Step', 'groups_of', 'distance_steps', 'training_steps', 'prompt_steps', 'same_row', 'take_steps', 'measure',
-           'installed_extractors', 'read_lists', 'evaluate', 'evaluate_parser', 'summary', 'evaluate_or_exit']
+           'Step', 'groups_of', 'distance_steps', 'training_steps', 'prompt_steps', 'same_row', 'missing_lines',
+           'take_steps', 'measure', 'installed_extractors', 'read_lists', 'evaluate', 'evaluate_parser', 'summary',
+           'evaluate_or_exit']
 
 # %% ../nbs/32_evaluation.ipynb #6725043a
 import operator
@@ -36,7 +37,7 @@ from .places import lacking_package, written_whole
 from .processes import make_writable, one_writer
 from .utility import utility_rows
 from .values import json_text
-from .yardstick import ALL, FEWEST, ROW_COLUMNS, Sampling, Side, row_of
+from .yardstick import ALL, FEWEST, ROW_COLUMNS, Sampling, Side, TooFew, row_of
 from .yardstick import copying_rows, distance_rows, diversity_rows, reidentification_rows
 
 # %% ../nbs/32_evaluation.ipynb #8ab4093e
@@ -170,7 +171,7 @@ def _left_out(fake, real, training):
               if group != ALL and min(map(len, both)) < FEWEST}
     few = ", ".join(f"{group} ({count})" for group, count in counts.items())
     return [
-        *[f"distances by finding need {FEWEST} generated and {FEWEST} real images: {few}"] * bool(few),
+        *[f"distances by finding: fewer than {FEWEST} generated or real images with the finding: {few}"] * bool(few),
         *["distances by finding, alignment, utility: no finding is known that generated images are to show, by "
           "--labels or by prompts"] * (not fake.images.labelled),
         *["copies, re-identification: no training images were named (--training)"] * (training is None),
@@ -179,23 +180,38 @@ def _left_out(fake, real, training):
 # %% ../nbs/32_evaluation.ipynb #e07ac658
 NEAREST_COLUMNS = ["image", "extractor", "nearest", "distance", "copy"]
 
+# %% ../nbs/32_evaluation.ipynb #2a5c9609
+def missing_lines(
+    refused: Sequence[tuple[Step, ValueError]],  # steps, and why each could not be taken
+) -> list[str]:  # sentences without full stops
+    "What was not measured: a line per measure and reason."
+    findings, lines = {}, {}
+    for step, error in refused:
+        reason, there = error.args if isinstance(error, TooFew) else (str(error), "")
+        where = there if step.group == ALL else f"{step.group}{f' ({there})' * bool(there)}"
+        findings.setdefault((step.name, step.extractor, reason), []).append(where)
+    for (name, extractor, reason), where in findings.items():
+        lines.setdefault((name, reason, ", ".join(filter(None, where))), []).append(extractor)
+    heads = [(", ".join(filter(None, [name, *used])), *rest) for (name, *rest), used in lines.items()]
+    return [": ".join(filter(None, parts)) for parts in heads]
+
 # %% ../nbs/32_evaluation.ipynb #df253dd5
 def take_steps(
     steps: Sequence[Step],
 ) -> tuple[pd.DataFrame, pd.DataFrame, list[str]]:  # ROW_COLUMNS; nearest training images; what was not measured
     "Take measures, with a progress bar."
-    parts, pairs, missing = [pd.DataFrame(columns=ROW_COLUMNS)], [pd.DataFrame(columns=NEAREST_COLUMNS)], []
+    parts, pairs, refused = [pd.DataFrame(columns=ROW_COLUMNS)], [pd.DataFrame(columns=NEAREST_COLUMNS)], []
     for step in (bar := tqdm(steps, "measures")):
         bar.set_postfix_str(str(step))
         try: given = step.take()
         except ValueError as error:
-            missing.append(f"{step}: {error}")
+            refused.append((step, error))
             continue
         rows, *near = given if isinstance(given, tuple) else [given]
         parts.append(rows.assign(group=step.group, extractor=step.extractor))
         pairs += near
     joined = [pd.concat(some[len(some) > 1 :], ignore_index=True) for some in (parts, pairs)]
-    return joined[0].reindex(columns=ROW_COLUMNS), joined[1], missing
+    return joined[0].reindex(columns=ROW_COLUMNS), joined[1], missing_lines(refused)
 
 # %% ../nbs/32_evaluation.ipynb #4bfc2e40
 def measure(
