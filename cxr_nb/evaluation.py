@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['NEAREST_COLUMNS', 'EXTRACTORS', 'JUDGES', 'IMAGE_TEXT', 'Requirement', 'read_requirement', 'check_requirement',
-           'Step', 'groups_of', 'distance_steps', 'training_steps', 'prompt_steps', 'same_row', 'missing_lines',
-           'take_steps', 'measure', 'installed_extractors', 'read_lists', 'evaluate', 'evaluate_parser', 'summary',
-           'evaluate_or_exit']
+           'Step', 'groups_of', 'distance_steps', 'training_steps', 'matching_step', 'prompt_steps', 'same_row',
+           'missing_lines', 'take_steps', 'measure', 'installed_extractors', 'read_lists', 'evaluate',
+           'evaluate_parser', 'summary', 'evaluate_or_exit']
 
 # %% ../nbs/32_evaluation.ipynb #6725043a
 import operator
@@ -33,6 +33,7 @@ from .image_scan import Scan, load_extractors, scan
 from .image_text import ImageText, load_image_text
 from .intervals import share_interval
 from .judges import load_classifier
+from .matching import MATCHING, matching_rows
 from .places import lacking_package, written_whole
 from .processes import make_writable, one_writer
 from .utility import utility_rows
@@ -134,6 +135,16 @@ def training_steps(
             steps.append(Step(name, ALL, space, partial(take, space, fake, real, training, sampling)))
     return steps
 
+# %% ../nbs/32_evaluation.ipynb #7dad80a8
+def matching_step(
+    fake: Scan,
+    real: Scan,
+    training: Scan,
+    sampling: Sampling,
+) -> Step:
+    "Re-identification by a matching network."
+    return Step("re-identification", ALL, MATCHING, partial(matching_rows, fake, real, training, sampling))
+
 # %% ../nbs/32_evaluation.ipynb #797d1943
 def prompt_steps(
     fake: Scan,
@@ -224,7 +235,9 @@ def measure(
     "Take all measures."
     fake, real, training = *scans[:2], scans[2] if len(scans) > 2 else None
     steps = distance_steps(fake, real, extractors, sampling)
-    if training: steps += training_steps(fake, real, training, extractors, sampling)
+    if training:
+        steps += training_steps(fake, real, training, extractors, sampling)
+        steps.append(matching_step(fake, real, training, sampling))
     steps += prompt_steps(fake, real, extractors, judges, model, sampling)
     rows, nearest, missing = take_steps(steps)
     same = pd.DataFrame([same_row(fake, other) for other in scans[1:]])
