@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['WIDTH', 'TRAINED', 'PATIENTS', 'STEPS', 'MATCHING', 'standard_images', 'random_views', 'new_network',
-           'pairs_of_patients', 'contrastive_loss', 'train_network', 'embedded_images', 'recognition',
-           'of_known_patients', 'part_of', 'learned_network', 'matching_rows']
+           'pairs_of_patients', 'contrastive_loss', 'train_network', 'embedded_images', 'recognition', 'part_of',
+           'of_known_patients', 'learned_network', 'matching_rows']
 
 # %% ../nbs/31_matching.ipynb #eba3cfdb
 from dataclasses import replace
@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from .image_faults import nearest
 from .image_lists import patient_column
 from .image_scan import THUMBNAIL, Scan
-from .yardstick import Sampling, check_enough, held_out, reidentification_rows
+from .yardstick import Picked, Sampling, check_enough, held_out, reidentification_rows
 
 # %% ../nbs/31_matching.ipynb #e83374c9
 def standard_images(
@@ -138,6 +138,14 @@ def recognition(
 # %% ../nbs/31_matching.ipynb #e61ff3f0
 MATCHING = "matching network"  # in the place of an extractor
 
+# %% ../nbs/31_matching.ipynb #4eb3c0f1
+def part_of(
+    one: Scan,
+    at: np.ndarray,  # positions
+) -> Scan:  # with pixels only
+    "Some images of a set."
+    return replace(one, rows=one.rows.iloc[at], features={"pixels": Picked(one.features["pixels"], at)})
+
 # %% ../nbs/31_matching.ipynb #c9503344
 def of_known_patients(
     one: Scan,
@@ -145,16 +153,9 @@ def of_known_patients(
     "The images of a set whose patients are known; raises ValueError where there is none."
     known = np.flatnonzero(np.char.startswith(one.units.astype(str), "patient "))
     if not len(known):
-        raise ValueError(f"patients of the {one.images.name} images are unknown; {patient_column(one.images)} names them")
+        column, name = patient_column(one.images), one.images.name
+        raise ValueError(f"patients of the {name} images are unknown; {column} names them")
     return part_of(one, known)
-
-# %% ../nbs/31_matching.ipynb #4eb3c0f1
-def part_of(
-    one: Scan,
-    at: np.ndarray,  # positions
-) -> Scan:  # with pixels only
-    "Some images of a set."
-    return replace(one, rows=one.rows.iloc[at], features={"pixels": one.features["pixels"][at]})
 
 # %% ../nbs/31_matching.ipynb #b38eb614
 def learned_network(
