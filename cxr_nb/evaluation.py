@@ -26,7 +26,7 @@ from .alignment import judge_rows, label_by_prompts, own_prompt_rows, text_rows
 from .checkpoints import package_record
 from .commits import git_commit
 from .core import versions
-from .evaluation_page import Evaluation, evaluation_page, verdict_views
+from .evaluation_page import SECTIONS, Evaluation, evaluation_page, verdict_views
 from .image_faults import fault_shares, list_faults, same_pixels
 from .image_lists import add_table, list_images
 from .image_scan import Scan, load_extractors, scan
@@ -53,19 +53,24 @@ class Requirement:
     def __str__(self): return f"{self.measure}{'@' * bool(self.extractor)}{self.extractor} {self.sign} {self.limit:g}"
 
 # %% ../nbs/32_evaluation.ipynb #41f6672f
-_REQUIREMENT = re.compile(r"\s*([a-z_]+)(?:@([^<>=]+?))?\s*(<=|>=|<|>)\s*(-?[\d.]+(?:e-?\d+)?)\s*")
+_REQUIREMENT = re.compile(r"\s*([a-z_][a-z_ ]*?)\s*(?:@([^<>=]+?))?\s*(<=|>=|<|>)\s*(-?[\d.]+(?:e-?\d+)?)\s*")
+
+# %% ../nbs/32_evaluation.ipynb #b188a043
+_MEASURES = [name for _, measures, _, _ in SECTIONS for name in measures]
 
 # %% ../nbs/32_evaluation.ipynb #c0aebfc8
 def read_requirement(
     text: str,  # "frechet<20", "copies@pixels<=0.1"
 ) -> Requirement:
-    "Read a requirement; raises ValueError for text that is none."
+    "Read a requirement; raises ValueError for text that is none, and for a measure that there is not."
     try:
         measure, extractor, sign, limit = _REQUIREMENT.fullmatch(text).groups()
-        return Requirement(measure, extractor or "", sign, float(limit))
+        asked = Requirement(measure, extractor or "", sign, float(limit))
     except (AttributeError, ValueError):
         example = "a measure, a sign and a number, such as 'frechet<20' or 'copies@pixels<=0.1'"
         raise ValueError(f"--require {text!r}: write {example}") from None
+    if measure in _MEASURES: return asked
+    raise ValueError(f"--require {text!r}: no measure {measure!r}; there are {', '.join(_MEASURES)}")
 
 # %% ../nbs/32_evaluation.ipynb #fd2460d2
 _COMPARE = {"<=": operator.le, ">=": operator.ge, "<": operator.lt, ">": operator.gt}
@@ -75,12 +80,14 @@ def check_requirement(
     asked: Requirement,
     rows: pd.DataFrame,  # ROW_COLUMNS
 ) -> list[tuple[bool, str]]:  # whether it is met, and the number in words
-    "Hold a requirement against what was measured of all images together."
-    taken = rows[(rows.group == ALL) & (rows.measure == asked.measure)].dropna(subset="measured")
+    "Hold a requirement against what was measured of all images together, or of each finding where that is all."
+    taken = rows[rows.measure == asked.measure].dropna(subset="measured")
+    if (taken.group == ALL).any(): taken = taken[taken.group == ALL]
     if asked.extractor: taken = taken[taken.extractor == asked.extractor]
     if taken.empty: return [(False, f"{asked}: was not measured")]
+    where = taken.extractor + (", " + taken.group).where(taken.group != ALL, "")
     return [(bool(_COMPARE[asked.sign](value, asked.limit)), f"{asked}: {value:.4g} {name}".rstrip())
-            for value, name in zip(taken.measured, taken.extractor)]
+            for value, name in zip(taken.measured, where)]
 
 # %% ../nbs/32_evaluation.ipynb #278b06ea
 @dataclass(frozen=True)
