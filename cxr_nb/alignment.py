@@ -20,7 +20,7 @@ from .image_lists import ImageList
 from .image_scan import Scan
 from .image_text import ImageText
 from .intervals import jackknife, score_intervals, share_interval
-from .yardstick import FEWEST, Sampling, row_of, sides_of
+from .yardstick import FEWEST, Sampling, TooFew, row_of, sides_of
 
 # %% ../nbs/31_alignment.ipynb #4afef23b
 def prompt_texts(
@@ -80,14 +80,14 @@ def aligned_rows(
     threshold: float | None,  # of the call; None: scores are no probabilities, and none is called
     seed: int = 0,
 ) -> pd.DataFrame:  # a row for each of ALIGNED, or the first alone
-    "How far generated images show a finding that was asked for; raises ValueError where too few ask for it, or do not."
+    "How far generated images show a finding that was asked for; raises TooFew where too few ask for it, or do not."
     named = {"generated": fake, "reference": real}
     sets = {name: (scores[name], sides_of(label, one.rows), one.units) for name, one in named.items()}
     enough = {name: one for name, one in sets.items() if min(map(len, one[1])) >= FEWEST}
     if "generated" not in enough:
         without, with_it = map(len, sets["generated"][1])
-        asked = f"{with_it} images ask for it and {without} for its absence, or for none"
-        raise ValueError(f"{asked}: {FEWEST} of each are needed")
+        asked = f"fewer than {FEWEST} generated images with the finding asked for, or with its absence or no finding"
+        raise TooFew(asked, f"{with_it} and {without}")
     aucs = {name: _auc(*one, seed) for name, one in enough.items()}
     can_tell = "reference" in aucs and aucs["reference"][0][1] > 0.5
     rows = [_beside("alignment", aucs["generated"], aucs.get("reference"), can_tell)]

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['NEAREST_COLUMNS', 'EXTRACTORS', 'JUDGES', 'IMAGE_TEXT', 'Requirement', 'read_requirement', 'check_requirement',
-           'Step', 'groups_of', 'distance_steps', 'training_steps', 'prompt_steps', 'same_row', 'take_steps', 'measure',
-           'installed_extractors', 'read_lists', 'evaluate', 'evaluate_parser', 'summary', 'evaluate_or_exit']
+           'Step', 'groups_of', 'distance_steps', 'training_steps', 'matching_step', 'prompt_steps', 'same_row',
+           'missing_lines', 'take_steps', 'measure', 'installed_extractors', 'read_lists', 'evaluate',
+           'evaluate_parser', 'summary', 'evaluate_or_exit']
 
 # %% ../nbs/32_evaluation.ipynb #6725043a
 import operator
@@ -25,18 +26,19 @@ from .alignment import judge_rows, label_by_prompts, own_prompt_rows, text_rows
 from .checkpoints import package_record
 from .commits import git_commit
 from .core import versions
-from .evaluation_page import Evaluation, evaluation_page, verdict_views
+from .evaluation_page import SECTIONS, Evaluation, evaluation_page, verdict_views
 from .image_faults import fault_shares, list_faults, same_pixels
 from .image_lists import add_table, list_images
 from .image_scan import Scan, load_extractors, scan
 from .image_text import ImageText, load_image_text
 from .intervals import share_interval
 from .judges import load_classifier
+from .matching import MATCHING, matching_rows
 from .places import lacking_package, written_whole
 from .processes import make_writable, one_writer
 from .utility import utility_rows
 from .values import json_text
-from .yardstick import ALL, FEWEST, ROW_COLUMNS, Sampling, Side, row_of
+from .yardstick import ALL, FEWEST, ROW_COLUMNS, Sampling, Side, TooFew, row_of
 from .yardstick import copying_rows, distance_rows, diversity_rows, reidentification_rows
 
 # %% ../nbs/32_evaluation.ipynb #8ab4093e
@@ -51,19 +53,24 @@ class Requirement:
     def __str__(self): return f"{self.measure}{'@' * bool(self.extractor)}{self.extractor} {self.sign} {self.limit:g}"
 
 # %% ../nbs/32_evaluation.ipynb #41f6672f
-_REQUIREMENT = re.compile(r"\s*([a-z_]+)(?:@([^<>=]+?))?\s*(<=|>=|<|>)\s*(-?[\d.]+(?:e-?\d+)?)\s*")
+_REQUIREMENT = re.compile(r"\s*([a-z_][a-z_ ]*?)\s*(?:@([^<>=]+?))?\s*(<=|>=|<|>)\s*(-?[\d.]+(?:e-?\d+)?)\s*")
+
+# %% ../nbs/32_evaluation.ipynb #b188a043
+_MEASURES = [name for _, measures, _, _ in SECTIONS for name in measures]
 
 # %% ../nbs/32_evaluation.ipynb #c0aebfc8
 def read_requirement(
     text: str,  # "frechet<20", "copies@pixels<=0.1"
 ) -> Requirement:
-    "Read a requirement; raises ValueError for text that is none."
+    "Read a requirement; raises ValueError for text that is none, and for a measure that there is not."
     try:
         measure, extractor, sign, limit = _REQUIREMENT.fullmatch(text).groups()
-        return Requirement(measure, extractor or "", sign, float(limit))
+        asked = Requirement(measure, extractor or "", sign, float(limit))
     except (AttributeError, ValueError):
         example = "a measure, a sign and a number, such as 'frechet<20' or 'copies@pixels<=0.1'"
         raise ValueError(f"--require {text!r}: write {example}") from None
+    if measure in _MEASURES: return asked
+    raise ValueError(f"--require {text!r}: no measure {measure!r}; there are {', '.join(_MEASURES)}")
 
 # %% ../nbs/32_evaluation.ipynb #fd2460d2
 _COMPARE = {"<=": operator.le, ">=": operator.ge, "<": operator.lt, ">": operator.gt}
@@ -73,12 +80,14 @@ def check_requirement(
     asked: Requirement,
     rows: pd.DataFrame,  # ROW_COLUMNS
 ) -> list[tuple[bool, str]]:  # whether it is met, and the number in words
-    "Hold a requirement against what was measured of all images together."
-    taken = rows[(rows.group == ALL) & (rows.measure == asked.measure)].dropna(subset="measured")
+    "Hold a requirement against what was measured of all images together, or of each finding where that is all."
+    taken = rows[rows.measure == asked.measure].dropna(subset="measured")
+    if (taken.group == ALL).any(): taken = taken[taken.group == ALL]
     if asked.extractor: taken = taken[taken.extractor == asked.extractor]
     if taken.empty: return [(False, f"{asked}: was not measured")]
+    where = taken.extractor + (", " + taken.group).where(taken.group != ALL, "")
     return [(bool(_COMPARE[asked.sign](value, asked.limit)), f"{asked}: {value:.4g} {name}".rstrip())
-            for value, name in zip(taken.measured, taken.extractor)]
+            for value, name in zip(taken.measured, where)]
 
 # %% ../nbs/32_evaluation.ipynb #278b06ea
 @dataclass(frozen=True)
@@ -133,6 +142,16 @@ def training_steps(
             steps.append(Step(name, ALL, space, partial(take, space, fake, real, training, sampling)))
     return steps
 
+# %% ../nbs/32_evaluation.ipynb #7dad80a8
+def matching_step(
+    fake: Scan,
+    real: Scan,
+    training: Scan,
+    sampling: Sampling,
+) -> Step:
+    "Re-identification by a matching network."
+    return Step("re-identification", ALL, MATCHING, partial(matching_rows, fake, real, training, sampling))
+
 # %% ../nbs/32_evaluation.ipynb #797d1943
 def prompt_steps(
     fake: Scan,
@@ -170,7 +189,7 @@ def _left_out(fake, real, training):
               if group != ALL and min(map(len, both)) < FEWEST}
     few = ", ".join(f"{group} ({count})" for group, count in counts.items())
     return [
-        *[f"distances by finding need {FEWEST} generated and {FEWEST} real images: {few}"] * bool(few),
+        *[f"distances by finding: fewer than {FEWEST} generated or real images with the finding: {few}"] * bool(few),
         *["distances by finding, alignment, utility: no finding is known that generated images are to show, by "
           "--labels or by prompts"] * (not fake.images.labelled),
         *["copies, re-identification: no training images were named (--training)"] * (training is None),
@@ -179,23 +198,38 @@ def _left_out(fake, real, training):
 # %% ../nbs/32_evaluation.ipynb #e07ac658
 NEAREST_COLUMNS = ["image", "extractor", "nearest", "distance", "copy"]
 
+# %% ../nbs/32_evaluation.ipynb #2a5c9609
+def missing_lines(
+    refused: Sequence[tuple[Step, ValueError]],  # steps, and why each could not be taken
+) -> list[str]:  # sentences without full stops
+    "What was not measured: a line per measure and reason."
+    findings, lines = {}, {}
+    for step, error in refused:
+        reason, there = error.args if isinstance(error, TooFew) else (str(error), "")
+        where = there if step.group == ALL else f"{step.group}{f' ({there})' * bool(there)}"
+        findings.setdefault((step.name, step.extractor, reason), []).append(where)
+    for (name, extractor, reason), where in findings.items():
+        lines.setdefault((name, reason, ", ".join(filter(None, where))), []).append(extractor)
+    heads = [(", ".join(filter(None, [name, *used])), *rest) for (name, *rest), used in lines.items()]
+    return [": ".join(filter(None, parts)) for parts in heads]
+
 # %% ../nbs/32_evaluation.ipynb #df253dd5
 def take_steps(
     steps: Sequence[Step],
 ) -> tuple[pd.DataFrame, pd.DataFrame, list[str]]:  # ROW_COLUMNS; nearest training images; what was not measured
     "Take measures, with a progress bar."
-    parts, pairs, missing = [pd.DataFrame(columns=ROW_COLUMNS)], [pd.DataFrame(columns=NEAREST_COLUMNS)], []
+    parts, pairs, refused = [pd.DataFrame(columns=ROW_COLUMNS)], [pd.DataFrame(columns=NEAREST_COLUMNS)], []
     for step in (bar := tqdm(steps, "measures")):
         bar.set_postfix_str(str(step))
         try: given = step.take()
         except ValueError as error:
-            missing.append(f"{step}: {error}")
+            refused.append((step, error))
             continue
         rows, *near = given if isinstance(given, tuple) else [given]
         parts.append(rows.assign(group=step.group, extractor=step.extractor))
         pairs += near
     joined = [pd.concat(some[len(some) > 1 :], ignore_index=True) for some in (parts, pairs)]
-    return joined[0].reindex(columns=ROW_COLUMNS), joined[1], missing
+    return joined[0].reindex(columns=ROW_COLUMNS), joined[1], missing_lines(refused)
 
 # %% ../nbs/32_evaluation.ipynb #4bfc2e40
 def measure(
@@ -208,7 +242,9 @@ def measure(
     "Take all measures."
     fake, real, training = *scans[:2], scans[2] if len(scans) > 2 else None
     steps = distance_steps(fake, real, extractors, sampling)
-    if training: steps += training_steps(fake, real, training, extractors, sampling)
+    if training:
+        steps += training_steps(fake, real, training, extractors, sampling)
+        steps.append(matching_step(fake, real, training, sampling))
     steps += prompt_steps(fake, real, extractors, judges, model, sampling)
     rows, nearest, missing = take_steps(steps)
     same = pd.DataFrame([same_row(fake, other) for other in scans[1:]])

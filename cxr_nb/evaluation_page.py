@@ -19,6 +19,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from .image_faults import FAULTS
+from .image_lists import patient_column
 from .image_scan import Scan
 from .images import contact_sheet, load_radiograph
 from .tables import with_interval
@@ -116,7 +117,9 @@ SECTIONS = [  # title, measures, the second column, text
      "“Near-copies” are as near as the nearest 5 % of those."),
     ("Re-identification", ["reidentified"], "distance in",
      "Of a training image (n) and a real one that was held out: which lies nearer to its nearest generated image? "
-     "0.5: nothing is given away; 1: whoever has a radiograph can tell whether its patient was trained on."),
+     "0.5: nothing is given away; 1: whoever has a radiograph can tell whether its patient was trained on. The "
+     "matching network has learned from real images which of two show the same patient, and recognises an image that "
+     "was moved, cropped, brightened or blurred; its interval is over patients."),
     ("What prompts ask for", ["alignment", "shown", "absent", "own_prompt"], "seen by",
      "Images whose prompts ask for a finding, against images whose prompts rule it out or ask for none. In the place"
      " of a floor stands what real images with and without the finding get: what can be seen at all. Where that is "
@@ -246,17 +249,17 @@ _MADE = (
     "generated images; where all pairs are compared, at most {most:,} images of a set, by chance; {versions}."
 )
 _NO_PATIENTS = (
-    "patients of the {} images are unknown: each image counts as a patient of its own, so floors may be too low and "
-    "intervals too narrow where a patient has several images"
+    "patients of the {} images are unknown; {} would name them. Each image counts as a patient of its own, so floors "
+    "may be too low and intervals too narrow where a patient has several images"
 )
 
 # %% ../nbs/31_evaluation_page.ipynb #fda1be2c
 def _notes(result):
     "How lists were read, in sentences."
     notes = [f"{one.images.name}: {note}" for one in result.scans for note in one.images.notes]
-    named = {one.images.name: any(unit.startswith("patient ") for unit in one.images.units) for one in result.scans[1:]}
-    unknown = [name for name, some in named.items() if not some]
-    return [*notes, *[_NO_PATIENTS.format(" and ".join(unknown))] * bool(unknown)]
+    lists = [one.images for one in result.scans[1:]]
+    unknown = [one for one in lists if not any(unit.startswith("patient ") for unit in one.units)]
+    return [*notes, *(_NO_PATIENTS.format(one.name, patient_column(one)) for one in unknown)]
 
 # %% ../nbs/31_evaluation_page.ipynb #5ba41939
 LISTED = 200  # faults on the page

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['IMAGE_ENDINGS', 'LIST_COLUMNS', 'image_files', 'read_image_table', 'rows_of_images', 'ImageList', 'list_of_paths',
-           'add_table', 'table_of_folder', 'list_images']
+           'add_table', 'table_of_folder', 'list_images', 'patient_column']
 
 # %% ../nbs/17_image_lists.ipynb #cffec67a
 import os
@@ -113,8 +113,8 @@ def list_of_paths(
 # %% ../nbs/17_image_lists.ipynb #d37cf7a2
 def _kinds(columns):
     "Columns of a table in words."
-    words = {"patient_id": "patient", "prompt": "prompt"}
-    return ", ".join(dict.fromkeys(words.get(column, "labels") for column in columns))
+    words = {"patient_id": "patient (column patient_id)", "prompt": "prompt"}
+    return " and ".join(dict.fromkeys(words.get(column, "labels") for column in columns))
 
 # %% ../nbs/17_image_lists.ipynb #7bb58404
 def _places_in(lists, table, path):
@@ -142,7 +142,7 @@ def add_table(
     for one, at in zip(lists, _places_in(lists, table, path)):
         there = at >= 0
         for column in columns: one.rows.loc[one.rows.index[at[there]], column] = table.loc[there, column].to_numpy()
-        said = f"{Path(path).name} says {_kinds(columns)} of {there.sum():,} of {len(one):,} images"
+        said = f"{Path(path).name} gives {_kinds(columns)} of {there.sum():,} of {len(one):,} images"
         if there.any() and columns: one.notes.append(said)
 
 # %% ../nbs/17_image_lists.ipynb #11fe100e
@@ -209,3 +209,12 @@ def list_images(
     path = Path(place).expanduser()
     if path.suffix.lower() != ".csv" or not path.is_file(): return _folder_list(name, path)
     return (_cohort_list if set(COHORT_COLUMNS) <= set(column_names(path)) else _table_list)(name, path)
+
+# %% ../nbs/17_image_lists.ipynb #f0925a09
+def patient_column(
+    images: ImageList,
+) -> str:
+    "The column that names the patients of a list, and the file it is looked for in."
+    place = Path(images.place).expanduser()
+    table = place if place.suffix.lower() == ".csv" else table_of_folder(place)[0] or place / "labels.csv"
+    return f"column patient_id of {table}, or of a table given with --labels,"

@@ -15,7 +15,7 @@ from sklearn.preprocessing import StandardScaler
 from .image_scan import Scan
 from .intervals import score_intervals
 from .metrics import disjoint_halves
-from .yardstick import FEWEST, Sampling, row_of, sides_of
+from .yardstick import FEWEST, Sampling, TooFew, row_of, sides_of
 
 # %% ../nbs/31_utility.ipynb #987e314e
 def trained_scores(
@@ -55,12 +55,14 @@ def _one_split(label, space, fake, real, rng, seed):
     half, tested = split_by_patient(np.concatenate(sides), real.units, rng)
     shown = [np.intersect1d(side, half) for side in sides]
     counts, truth = [min(len(a), len(b)) for a, b in zip(drawn, shown)], np.isin(tested, sides[1]).astype(int)
-    if min(*counts, truth.sum(), (1 - truth).sum()) < FEWEST // 2:
-        raise ValueError(f"too few images with it or without: {FEWEST // 2} to learn from and to test on are needed")
+    least, asked = min(counts), min(truth.sum(), (1 - truth).sum())
+    if min(least, asked) < FEWEST // 2:
+        reason = f"fewer than {FEWEST // 2} images with the finding or without it, to learn from or to test on"
+        raise TooFew(reason, f"{least} and {asked}")
     (at, y), (real_at, real_y) = (learned_from(one, counts, rng) for one in (drawn, shown))
-    x, real_x, asked = fake.features[space][at], real.features[space][real_at], real.features[space][tested]
+    x, real_x, others = fake.features[space][at], real.features[space][real_at], real.features[space][tested]
     both, units = (np.concatenate([x, real_x]), np.concatenate([y, real_y])), real.units[tested]
-    scores = [trained_scores(*one, asked) for one in ((x, y), both, (real_x, real_y))]
+    scores = [trained_scores(*one, others) for one in ((x, y), both, (real_x, real_y))]
     rows = [score_intervals(truth, one, 0.5, units, 1000, seed=seed).loc["auc"] for one in scores]
     aucs = np.array([row[["value", "ci_low", "ci_high"]] for row in rows], float)
     return aucs, sum(counts), len(tested), len(set(units))

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['ROW_COLUMNS', 'ALL', 'VERDICTS', 'FEWEST', 'PROMPTS', 'OF_PROMPT', 'CONTROL', 'SQUARE', 'verdict', 'row_of',
-           'Sampling', 'Picked', 'Side', 'estimate_rows', 'check_enough', 'matched', 'sides_of', 'frechet_measure',
-           'distance_rows', 'prompt_groups', 'diversity_rows', 'held_out', 'copying_rows', 'reidentification_rows']
+           'Sampling', 'Picked', 'Side', 'estimate_rows', 'TooFew', 'check_enough', 'matched', 'sides_of',
+           'frechet_measure', 'distance_rows', 'prompt_groups', 'diversity_rows', 'held_out', 'copying_rows',
+           'reidentification_rows']
 
 # %% ../nbs/30_yardstick.ipynb #e38cfeee
 from collections.abc import Callable, Sequence
@@ -138,14 +139,20 @@ def estimate_rows(
 # %% ../nbs/30_yardstick.ipynb #69e774ca
 FEWEST = 10  # images of a set that is measured
 
+# %% ../nbs/30_yardstick.ipynb #b627d20d
+class TooFew(ValueError):
+    "Sets that are too small to be measured: a reason without numbers of this case, and what there is."
+    def __str__(self): return ": ".join(self.args)
+
 # %% ../nbs/30_yardstick.ipynb #4972611b
 def check_enough(
     **counts: int,  # what they are -> images
 ) -> None:
-    "Raise ValueError where a set is too small to be measured."
+    "Raise TooFew where a set is too small to be measured."
     if min(counts.values()) >= FEWEST: return
-    there = " and ".join(f"{n} {name.replace('_', ' ')} images" for name, n in counts.items())
-    raise ValueError(f"{there}: {FEWEST} of each are needed")
+    kind = "patients" if all(name.endswith("patients") for name in counts) else "images"
+    there = " and ".join(f"{n} {name.removesuffix('_patients').replace('_', ' ')}" for name, n in counts.items())
+    raise TooFew(f"fewer than {FEWEST} {kind} of a set", there)
 
 # %% ../nbs/30_yardstick.ipynb #d3426003
 def matched(
