@@ -9,7 +9,6 @@ __all__ = ['WIDTH', 'TRAINED', 'PATIENTS', 'STEPS', 'MATCHING', 'standard_images
 
 # %% ../nbs/31_matching.ipynb #eba3cfdb
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
