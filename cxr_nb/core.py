@@ -7,6 +7,7 @@ __all__ = ['seed_everything', 'torch_device', 'versions', 'device_name', 'peak_m
            'sentences_of']
 
 # %% ../nbs/00_core.ipynb #dc2339fb
+import ast
 import hashlib
 import json
 import os
@@ -27,7 +28,7 @@ from fastcore.basics import patch
 from .commits import git_commit, git_would_track, places_beside
 from .graph import fits, graph, unlike_declared
 from .places import outputs_dir, sha256, slug, written_whole
-from .profiles import check_parameter, load_profile
+from .profiles import check_parameter, load_profile, suggestion
 from .tables import TABLE_COLUMNS
 from .values import json_text, json_value
 
@@ -85,6 +86,22 @@ def run_folder(
     values = slug(" ".join(f"{name} {value}" for name, value in changed.items()))
     return folder / "other" / notebook / f"{values[:60].strip('_')}_{digest}"
 
+# %% ../nbs/00_core.ipynb #3e1d59c3
+def _handed_over(namespace: dict) -> list[str]:
+    "Names that papermill's cell of parameters gives a value to, in a kernel with these globals."
+    cells = [source for source in namespace.get("In", []) if source.startswith("# Parameters\n")]
+    nodes = [node for source in cells for node in ast.parse(source).body if isinstance(node, ast.Assign)]
+    return [target.id for node in nodes for target in node.targets if isinstance(target, ast.Name)]
+
+# %% ../nbs/00_core.ipynb #5d9e49ec
+def _check_handed_over(notebook: str, namespace: dict) -> None:
+    "Raise KeyError, with the names there are, for a parameter that a notebook does not take."
+    known = [*namespace["__annotations__"]]
+    for name in _handed_over(namespace):
+        if name in known: continue
+        takes = ", ".join(known) + suggestion(name, known)
+        raise KeyError(f"notebook {notebook}: unknown parameter '{name}'; it takes {takes}")
+
 # %% ../nbs/00_core.ipynb #e5bac0ee
 class Run:
     """One run of a notebook: its parameters, the files it read and wrote, and their record.
@@ -92,7 +109,8 @@ class Run:
     It reads what other notebooks left in `profile_folder` and writes to `folder`,
     which is the same for the profile's own parameters (`run_folder`). The
     namespace is the notebook's `globals()`; its annotated names are the
-    parameters. Raises TypeError for a value that is not of its declared type, and
+    parameters. Raises KeyError for a parameter that papermill hands over and the
+    notebook does not take, TypeError for a value that is not of its declared type, and
     what `refuse_tracked` raises for one that names a place beside the project's.
     """
 
@@ -102,6 +120,7 @@ class Run:
         namespace: dict,  # the notebook's globals()
     ):
         self.notebook, self.start = notebook, time.perf_counter()
+        _check_handed_over(notebook, namespace)
         self.parameters = {name: namespace[name] for name in namespace["__annotations__"]}
         for name, annotation in namespace["__annotations__"].items():
             check_parameter(f"notebook {notebook}", name, namespace[name], annotation)

@@ -197,7 +197,7 @@ _DICOM_RELEASES = {  # source -> where its images are available converted
 
 # %% ../nbs/11_files.ipynb #7e0b9cbb
 _TERMS = {  # source -> how it is to be had
-    "MIMIC-CXR": "PhysioNet gives it to credentialed users who sign its data use agreement, which forbids passing it on",
+    "MIMIC-CXR": "PhysioNet gives it to credentialed users under its data use agreement, which forbids passing it on",
     "CheXpert": "Stanford AIMI gives it to those who accept its research use agreement, which forbids passing it on",
 }
 

@@ -280,8 +280,8 @@ def readers_sentence(
     return (
         f"Readers ({read['readers']}) gave {int(scores['mean']['n'])} scores of 1 to 5: mean {mean}, "
         f"standard deviation {sd:.2f}, median {median:g}, range {least:g} to {most:g}; {low} % are 2 or less "
-        f"(published: mean {printed['mean']:g}, standard deviation {printed['sd']:g}, median {printed['median']:g}, range "
-        f"{printed['min']:g} to {printed['max']:g}, one radiologist)."
+        f"(published: mean {printed['mean']:g}, standard deviation {printed['sd']:g}, "
+        f"median {printed['median']:g}, range {printed['min']:g} to {printed['max']:g}, one radiologist)."
     )
 
 # %% ../nbs/29_reconstruction.ipynb #5f8c5602

@@ -241,6 +241,19 @@ def test_plain_papermill_gets_the_type_check_in_the_next_cell(project, run_in):
     assert "Run(" in ran[-1].source
 
 
+def test_plain_papermill_gets_the_names_there_are_for_a_wrong_one(project, run_in, tmp_path):
+    "From any working directory, to any output path."
+    (tmp_path / "elsewhere/out").mkdir(parents=True)
+    words = ["papermill", project / "nbs/99_small.ipynb", "out/a.ipynb", "-k", "python3"]
+    done = run_in(tmp_path / "elsewhere", *words, "-p", "kk", "5", PYTHONPATH=str(project))
+    assert done.returncode == 1 and "notebook 99_small: unknown parameter 'kk'; it takes profile, k, rate, names; did you mean 'k'?" in done.stderr
+    profile(project, GOOD)
+    done = run_in(tmp_path / "elsewhere", *words, "-p", "k", "7", PYTHONPATH=str(project))
+    assert done.returncode == 0 and (tmp_path / "elsewhere/out/a.ipynb").exists(), done.stderr
+    [folder] = (project / "outputs/tiny/other/99_small").iterdir()
+    assert (folder / "measures/k.txt").read_text() == "7"
+
+
 def test_missing_input_names_notebook_and_command(tmp_path, monkeypatch):
     monkeypatch.setenv("CXR_NB_OUTPUTS", str(tmp_path))
     run = core.Run("33_text_encoder_results", {"profile": "demo", "__annotations__": {"profile": str}})
