@@ -283,8 +283,10 @@ def draw_report_prompts(
     rows, width = -(-len(cells) // columns), len(HEADS)
     figure = plt.figure(figsize=(4.2 * columns, 1.95 * rows), layout="constrained")
     parts = figure.subfigures(rows, columns, squeeze=False, wspace=0.04)
-    for part, (prompt, images) in zip(parts.flat, cells):
-        part.suptitle(fill(prompt, 62), fontsize=8, x=0.01, ha="left")
+    captions = [fill(prompt, 74) for prompt, _ in cells]
+    most = max(caption.count("\n") for caption in captions)
+    for part, caption, (_, images) in zip(parts.flat, captions, cells):
+        part.suptitle(caption + "\n" * (most - caption.count("\n")), fontsize=8, x=0.01, ha="left")
         for ax, image, head in zip(part.subplots(1, width), images, HEADS):
             ax.imshow(image, cmap="gray", vmin=0, vmax=255)
             ax.set_xlabel(head, fontsize=7, labelpad=2)
@@ -314,10 +316,12 @@ def alignment_sentences(
 ) -> list[str]:
     "Of which findings a judge sees more where an impression states them."
     def clear(row): return [finding for finding in findings if _value(table, row, finding, judge)[1] > 0.5]
+    less = [finding for finding in findings if _value(table, REPORTS, finding, judge)[2] < 0.5]
     numbers = listed([f"{finding} {_value(table, REPORTS, finding, judge)[0]}" for finding in findings])
-    beside = "; ".join(f"{row}: {len(clear(row))}" for row in (TEN, PHANTOMS))
-    return [f"{judge} sees more of a finding where the impression states it, with an AUC clear of one half, in "
+    beside = "; ".join(f"{row}: in {len(clear(row))}" for row in (TEN, PHANTOMS))
+    says = [f"{judge} sees more of a finding where the impression states it, with an AUC clear of one half, in "
             f"{len(clear(REPORTS))} of {len(findings)} findings ({beside}). Learned from impressions: {numbers}."]
+    return [*says, *[f"{judge} sees less of {listed(less)} where the impression states it."] * bool(less)]
 
 # %% ../nbs/J_report_prompts.ipynb #84ffcc62
 def wording_sentences(
@@ -326,14 +330,14 @@ def wording_sentences(
 ) -> list[str]:
     "Several findings, denials and doubts, as a judge sees them."
     def beside(name): return _beside(table, WORDS[name], judge)
-    _, low, high = _value(table, REPORTS, WORDS["denied"], judge)
-    of_no = "not measured" if np.isnan(low) else "drawn like one that is named" if low > 0.5 else "not drawn"
-    of_no = "drawn less than one that is not named" if high < 0.5 else of_no
+    no, low, high = _value(table, REPORTS, WORDS["denied"], judge)
+    more = "drawn more" if low > 0.5 else "drawn less" if high < 0.5 else "drawn neither more nor less"
+    several = _value(table, REPORTS, WORDS["all shown"], judge)[0]
     return [
-        f"{judge} sees all of several stated findings in a share of {beside('all shown')}; in images of prompts "
-        f"without finding: {beside('unasked')}.",
-        f"{judge}: a denied finding is {of_no}: AUC against prompts that do not name it: {beside('denied')}; "
-        f"of a possible finding: {beside('possible')}; of a stated one: {beside('stated')}.",
+        *[f"{judge} sees all of several stated findings in a share of {beside('all shown')}; in images of prompts "
+          f"without finding: {beside('unasked')}."] * (several != "–"),
+        *[f"{judge}: a denied finding is {more} than one that is not named: AUC {beside('denied')}; "
+          f"of a possible finding: {beside('possible')}; of a stated one: {beside('stated')}."] * (no != "–"),
     ]
 
 # %% ../nbs/J_report_prompts.ipynb #9ee3e143
@@ -345,6 +349,8 @@ def further_sentences(
     return [
         f"{text_model}, which never saw a report, puts an image nearer to its own prompt than to another in a share "
         f"of {_beside(table, WORDS['own_prompt'], text_model)}; chance is 0.5.",
-        f"Nearer to a training image, in pixels, than 95 % of phantoms of other studies: a share of "
+        f"An image is nearer to its nearest training image, in pixels, than a phantom of another study is to its in a "
+        f"share of {_beside(table, WORDS['nearer'], 'pixels', (REPORTS, TEN))} of pairs (0.5: as near); nearer than "
+        "95 % of these phantoms: "
         f"{_beside(table, WORDS['copies'], 'pixels', (REPORTS, TEN))}.",
     ]
