@@ -114,7 +114,8 @@ shared:
 03_phantoms: {patients: 2, reports_per_label: 1}
 21_datasets: {sample_size: 12, captions: 80, few_shot: 2, reports_per_class: 8, min_reports: 4}
 23_autoencoder: {sizes: [64]}
+32_autoencoder_results: {frechet_batch: 4, kid_subset: 6}
 25_textual_projection: {training_captions: 40, held_out: 10, training_steps: 2, training_batch_size: 4, kept_every: 1}
 26_textual_inversion: {training_steps: 2, training_batch_size: 2, kept_every: 1}
-27_unet_finetuning: {class_images: 3, training_steps: 2, sample_every: 1, trainings: 2}
+27_unet_finetuning: {class_images: 3, training_steps: 2, sample_every: 1, trainings: 1}
 """
