@@ -6,7 +6,7 @@
 __all__ = ['TRAININGS', 'UNET_TRAINING_GB', 'known_needs', 'Need', 'models_of', 'model_need', 'data_needs', 'needs_of',
            'waiting_for', 'training_hours', 'peak_of', 'gpu_seen', 'time_lines', 'disk_line', 'check', 'check_or_exit']
 
-# %% ../nbs/H_check.ipynb #adbf79ef
+# %% ../nbs/H_check.ipynb #228524c3
 import shutil
 import sys
 from argparse import ArgumentParser
@@ -26,13 +26,13 @@ from cxr_nb.places import (
 from .profiles import resolve_all
 from .text_encoder import encoder_source
 
-# %% ../nbs/H_check.ipynb #061e36cc
+# %% ../nbs/H_check.ipynb #274e5cbe
 @lru_cache
 def known_needs() -> dict:  # models, data, gpus
     "Sizes, pages and terms of what profiles name."
     return yaml.safe_load((PACKAGE / "templates/needs.yaml").read_text(encoding="utf-8"))
 
-# %% ../nbs/H_check.ipynb #7681a537
+# %% ../nbs/H_check.ipynb #c49abdac
 @dataclass
 class Need:
     "A model or a data set that notebooks of a profile need."
@@ -45,11 +45,11 @@ class Need:
     gb: float | None = None  # on disk, roughly; None: not known
     notebooks: list[str] = field(default_factory=list)
 
-# %% ../nbs/H_check.ipynb #f89b67cd
+# %% ../nbs/H_check.ipynb #692cb5cc
 _ONE, _SEVERAL = ("stable_diffusion", "judge", "extractor"), ("judges", "extractors")  # places
 _BY_NAME = ("encoder", "encoders")  # name -> place
 
-# %% ../nbs/H_check.ipynb #692cb5cc
+# %% ../nbs/H_check.ipynb #2f8f7f7b
 def models_of(
     parameters: dict,  # of a notebook
 ) -> list[tuple[str, str]]:  # name and place, each once
@@ -61,7 +61,7 @@ def models_of(
     named += [(one.name, f"{one.location}@{one.revision}" if one.revision else one.location) for one in encoders]
     return [*dict.fromkeys(named)]
 
-# %% ../nbs/H_check.ipynb #59334b29
+# %% ../nbs/H_check.ipynb #dab56e91
 def _fetched_file(name):
     "Where a model lies that a library fetches by name."
     if name == "inception":
@@ -71,7 +71,7 @@ def _fetched_file(name):
     if name not in models.model_urls: raise ValueError(f"model {name}: no folder here, and none of torchxrayvision's")
     return Path(utils.get_cache_dir()) / models.model_urls[name]["weights_url"].rsplit("/", 1)[1]
 
-# %% ../nbs/H_check.ipynb #dab56e91
+# %% ../nbs/H_check.ipynb #7cbfefca
 def model_need(
     name: str,  # as tables show it
     place: str,  # as a profile names it
@@ -92,7 +92,7 @@ def model_need(
     need.there = not need.todo
     return need
 
-# %% ../nbs/H_check.ipynb #b8769249
+# %% ../nbs/H_check.ipynb #0f9f2898
 def data_needs(
     parameters: dict,  # of 21_datasets
 ) -> list[Need]:
@@ -105,7 +105,7 @@ def data_needs(
         needs.append(Need("data", one["name"], place, there, "" if there else todo, terms, one["gb"], ["21_datasets"]))
     return needs
 
-# %% ../nbs/H_check.ipynb #4f470ad9
+# %% ../nbs/H_check.ipynb #c9e1588f
 def needs_of(
     profile: str,  # name of a profile
 ) -> list[Need]:  # each with the notebooks that name it
@@ -118,7 +118,7 @@ def needs_of(
             needs[place].notebooks.append(notebook)
     return [*needs.values(), *data_needs(parameters["21_datasets"])]
 
-# %% ../nbs/H_check.ipynb #07fa4a02
+# %% ../nbs/H_check.ipynb #10079b1a
 def waiting_for(
     needs: Iterable[Need],
     graph: Graph,  # of the profile
@@ -131,7 +131,7 @@ def waiting_for(
         if lost := list(dict.fromkeys(what for one in [name, *before] for what in lacks[one])): waiting[name] = lost
     return waiting
 
-# %% ../nbs/H_check.ipynb #4ed64ad5
+# %% ../nbs/H_check.ipynb #4705dfe9
 TRAININGS = {  # notebook -> the paper's experiments (§3.1), by how a variant's name begins
     "25_textual_projection": {
         "document": "textual projection, document level", "token": "textual projection, token level",
@@ -140,7 +140,7 @@ TRAININGS = {  # notebook -> the paper's experiments (§3.1), by how a variant's
     "27_unet_finetuning": {"": "unet fine-tuning"},
 }
 
-# %% ../nbs/H_check.ipynb #4705dfe9
+# %% ../nbs/H_check.ipynb #25c536ed
 def training_hours(
     parameters: dict[str, dict],  # of all notebooks
 ) -> pd.DataFrame:  # notebook, experiment, trainings, hours, device; hours on the paper's device, for all trainings
@@ -158,7 +158,7 @@ def training_hours(
             rows.append([notebook, experiment, n, hours, one.device.removeprefix("1x ").removeprefix("NVIDIA ")])
     return pd.DataFrame(rows, columns=["notebook", "experiment", "trainings", "hours", "device"])
 
-# %% ../nbs/H_check.ipynb #9061d1d5
+# %% ../nbs/H_check.ipynb #e78f3312
 def peak_of(
     name: str,  # of a GPU, as its driver or the paper has it
 ) -> float | None:  # 10^12 operations a second; None: not known
@@ -167,11 +167,11 @@ def peak_of(
     words = f" {name.replace('-', ' ')} "
     return next((peaks[gpu] for gpu in sorted(peaks, key=len, reverse=True) if f" {gpu} " in words), None)
 
-# %% ../nbs/H_check.ipynb #1cf78954
+# %% ../nbs/H_check.ipynb #9cd6f5af
 # weights, gradients and two moments of AdamW, four bytes each, for the 859.5 million parameters of Stable Diffusion v1
 UNET_TRAINING_GB = 859.5e6 * 16 / 1e9
 
-# %% ../nbs/H_check.ipynb #9cd6f5af
+# %% ../nbs/H_check.ipynb #87b0cc67
 def gpu_seen() -> tuple[str, float]:  # its name and memory in GB; ("", 0.0) without one
     "The GPU that torch sees."
     import torch
@@ -179,7 +179,7 @@ def gpu_seen() -> tuple[str, float]:  # its name and memory in GB; ("", 0.0) wit
     one = torch.cuda.get_device_properties(0)
     return one.name, one.total_memory / 1e9
 
-# %% ../nbs/H_check.ipynb #87b0cc67
+# %% ../nbs/H_check.ipynb #c5807c9d
 def time_lines(
     parameters: dict[str, dict],  # of all notebooks
     gpu: str,  # its name, empty for none
@@ -201,7 +201,7 @@ def time_lines(
                  "and measuring come on top")
     return lines
 
-# %% ../nbs/H_check.ipynb #f21dcf7b
+# %% ../nbs/H_check.ipynb #07d34ba1
 def _lines(need):
     "One need in a line, and what to do where it is missing."
     size = "" if need.gb is None else f", {need.gb:g} GB"
@@ -212,7 +212,7 @@ def _lines(need):
     if need.terms: lines.append(f"           terms: {need.terms}")
     return lines
 
-# %% ../nbs/H_check.ipynb #07d34ba1
+# %% ../nbs/H_check.ipynb #7a9ba2d4
 def disk_line(
     profile: str,  # name of a profile
     wanted: float,  # GB
@@ -224,7 +224,7 @@ def disk_line(
     short = "; free some first" if free < wanted else ""
     return f"disk: {free:.0f} GB free where results go; models that are missing take {wanted:.1f} GB{short}"
 
-# %% ../nbs/H_check.ipynb #c07a5ba0
+# %% ../nbs/H_check.ipynb #6ede525e
 def check(
     profile: str = "demo",  # name of a profile
     price: float | None = None,  # of a GPU's hour, in any currency
@@ -246,7 +246,7 @@ def check(
     lines += [f"left out: {why}" for why in notebooks.left_out.values()]
     return lines, not lacking
 
-# %% ../nbs/H_check.ipynb #9a631d89
+# %% ../nbs/H_check.ipynb #521062f5
 def check_or_exit(
     argv: list[str],  # arguments
 ) -> int:  # 0: nothing is missing
