@@ -1,4 +1,4 @@
-"The README is two screens, its links lead somewhere, and what README and guide tell to type is taken."
+"The README is two screens, its links lead somewhere, and what README, guide and first hour tell to type is taken."
 import json
 import re
 import shlex
@@ -13,7 +13,7 @@ from cxr_nb import profiles
 from cxr_nb.evaluation import evaluate_parser
 
 README = (ROOT / "README.md").read_text()
-CELLS = {name: json.loads((ROOT / f"nbs/{name}.ipynb").read_text())["cells"] for name in ("guide", "index", "results", "tour", "J_bad_days")}
+CELLS = {name: json.loads((ROOT / f"nbs/{name}.ipynb").read_text())["cells"] for name in ("first_hour", "guide", "index", "results", "tour", "J_bad_days")}
 PROSE = {name: "\n\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown") for name, cells in CELLS.items()}
 
 # GitHub's: the column of a README beside the sidebar, in a window of 1,280 pixels
@@ -48,14 +48,15 @@ def test_links_lead_somewhere(name):
         assert not heading or re.search(rf"^#+ {re.escape(heading.replace('-', ' '))}$", headings, flags=re.M), link
 
 
-BLOCKS = [(kind, block) for text in (README, PROSE["guide"]) for kind, block in re.findall(r"```(\w+)\n(.*?)```", text, flags=re.S)]
+TYPED = README, PROSE["guide"], PROSE["first_hour"]
+BLOCKS = [(kind, block) for text in TYPED for kind, block in re.findall(r"```(\w+)\n(.*?)```", text, flags=re.S)]
 
 
 def test_commands_are_taken():
     "Targets of make are there, and the command's words fit notebooks, parameters and options."
     targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.M)
     lines = [line.split(" #")[0].strip() for kind, block in BLOCKS if kind == "sh" for line in block.splitlines()]
-    lines += [line for text in (README, PROSE["guide"]) for line in re.findall(r"`((?:make|\.venv/bin/\w+|cxr_nb) [^`]+)`", text)]
+    lines += [line for text in TYPED for line in re.findall(r"`((?:make|\.venv/bin/\w+|cxr_nb) [^`]+)`", text)]
     known = [line for line in lines if check(shlex.split(line), targets)]
     assert len(known) > 12
 
