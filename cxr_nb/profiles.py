@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Schedule', 'Precision', 'Sampler', 'Inverted', 'LabelPolicy', 'Inversion', 'suggestion', 'parameter_type',
            'check_parameter', 'tagged_cells', 'notebook_named', 'declared_parameters', 'load_profile', 'left_out_by',
-           'resolve_parameters', 'resolve_all']
+           'absent_places', 'resolve_parameters', 'resolve_all']
 
 # %% ../nbs/00_profiles.ipynb #d7ee672a
 import ast
@@ -18,7 +18,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Literal, get_origin
 
-from .places import source_file, source_names
+from .places import find_path, source_file, source_names
 from .values import plain_value, read_yaml
 
 # %% ../nbs/00_profiles.ipynb #5e1a07f0
@@ -211,22 +211,39 @@ def _check_names(where: str, names: Sequence[str], known: Sequence[str]) -> None
     for name in names:
         if name not in known: raise ValueError(f"{where} '{name}'{suggestion(name, sorted(known))}")
 
+# %% ../nbs/00_profiles.ipynb #3d65bee5
+def _over(given: dict, more: dict) -> dict:
+    "Sections with those of another over them; a list `without` takes the other's place."
+    lists = {key: value for key, value in more.items() if key == "without"}
+    return given | {key: given.get(key, {}) | section for key, section in more.items() if key not in lists} | lists
+
+# %% ../nbs/00_profiles.ipynb #5f8b7a9d
+def _checked_places(name: str, where: dict) -> dict[str, dict]:
+    "The part `where` of a profile: sections, and a list `without`, that it has only where a place is there."
+    for place, more in where.items():
+        if not isinstance(more, dict) or any(key != "without" and not isinstance(v, dict) for key, v in more.items()):
+            raise ValueError(f"profile '{name}': where: {place} takes sections of parameters")
+    return where
+
 # %% ../nbs/00_profiles.ipynb #3de14420
-def _with_base(name: str, derived: tuple[str, ...]) -> tuple[dict[str, dict], list[str]]:
-    "The sections of a profile over its base or the notebooks' defaults, and what it leaves out."
+def _with_base(name: str, derived: tuple[str, ...]) -> tuple[dict[str, dict], list[str], dict[str, dict]]:
+    "The sections of a profile over its base or the notebooks' defaults, what it leaves out, and what it would add."
     if name in derived: raise ValueError(f"profile '{name}': is based on itself by {' and '.join(derived)}")
-    given = _profile_file(name)
-    base, shared = given.pop("base", None), given.pop("shared", {})
+    given, absent = _profile_file(name), {}
+    base, where = given.pop("base", None), given.pop("where", {})
     report = [notebook for notebook in source_names("", ".ipynb") if tagged_cells(notebook, "files")]
     sections, without = {notebook: _defaults(notebook) for notebook in report}, []
-    if base is not None: sections, without = _with_base(str(base), (*derived, name))
-    without = given.pop("without", without)
+    if base is not None: sections, without, absent = _with_base(str(base), (*derived, name))
+    for place, more in _checked_places(name, where).items():
+        if find_path(place).exists(): given = _over(given, more)
+        else: absent = absent | {place: more}
+    shared, without = given.pop("shared", {}), given.pop("without", without)
     sections |= {notebook: _defaults(notebook) for notebook in given if notebook not in sections}
     _check_names(f"profile '{name}': without: no notebook", without, sections)
     known = {key for section in sections.values() for key in section}
     _check_names(f"profile '{name}': shared: no notebook has a parameter", shared, known)
     taken = {notebook: {k: v for k, v in shared.items() if k in section} for notebook, section in sections.items()}
-    return {n: section | taken[n] | given.get(n, {}) for n, section in sections.items()}, without
+    return {n: section | taken[n] | given.get(n, {}) for n, section in sections.items()}, without, absent
 
 # %% ../nbs/00_profiles.ipynb #dfb1bf33
 def load_profile(
@@ -241,6 +258,13 @@ def left_out_by(
 ) -> list[str]:  # notebooks
     "What a profile leaves out of its report: the list `without`, its own or its base's."
     return _with_base(profile, ())[1]
+
+# %% ../nbs/00_profiles.ipynb #b9c93c3c
+def absent_places(
+    profile: str,  # name of a profile
+) -> dict[str, dict]:  # place -> the sections it would bring
+    "Places under `where` of a profile, or of its base, that are not there."
+    return _with_base(profile, ())[2]
 
 # %% ../nbs/00_profiles.ipynb #dc676b42
 def _resolved(sections: dict[str, dict], notebook: str, profile: str, overrides: dict | None) -> dict:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SOURCES', 'BEGINS', 'ENDS', 'FAILS', 'TARGETS', 'STOPPED', 'image_sources', 'unfitting', 'without_package',
-           'outdated', 'shown_lines', 'run_report', 'report_or_exit', 'main']
+           'without_place', 'outdated', 'shown_lines', 'run_report', 'report_or_exit', 'main']
 
 # %% ../nbs/07_report.ipynb #07c0de04
 import json
@@ -23,7 +23,7 @@ from .graph import APART, graph
 from .image_sets import ORIGINAL, variant_name
 from .places import lacking_package, outputs_dir, repo_root, sha256
 from .processes import end_children, end_with, make_writable, one_writer, process_id
-from .profiles import load_profile, resolve_parameters
+from .profiles import absent_places, load_profile, resolve_parameters
 from .runner import run_or_exit
 from .tables import published
 from .values import plain_value
@@ -171,6 +171,14 @@ def without_package(
         models = models | {place: place for place in places}
     return [f"{name} is left out: {missing}" for name, place in models.items() if (missing := lacking_package(place))]
 
+# %% ../nbs/07_report.ipynb #9c1e61e8
+def without_place(
+    profile: str,  # name of a profile
+) -> list[str]:  # a line each; empty where all are there
+    "What a profile would take where it lay at its place, and does without."
+    todo = f"what the profile does with it is left out; 'cxr_nb check --profile {profile}' says how to get it"
+    return [f"{place} is not there: {todo}" for place in absent_places(profile)]
+
 # %% ../nbs/07_report.ipynb #471f86a6
 def _changed(folder: Path, path: Path) -> str:
     "What is not as a record says; empty where nothing has changed."
@@ -298,7 +306,7 @@ def run_report(
     cannot be written.
     """
     if wrong := unfitting(profile): raise ValueError("\n".join(wrong))
-    for line in without_package(profile): print(line, flush=True)
+    for line in [*without_package(profile), *without_place(profile)]: print(line, flush=True)
     folder, shown = outputs_dir(profile), []
     log, locks = folder / "report.log", folder / ".locks"
     with one_writer(locks / "report", f"{target} of profile '{profile}'", locks.glob("[!.]*")):
