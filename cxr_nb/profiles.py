@@ -287,8 +287,10 @@ def _resolved(sections: dict[str, dict], notebook: str, profile: str, overrides:
 
 # %% ../nbs/00_profiles.ipynb #15415292
 def _with_section(sections: dict[str, dict], notebook: str) -> dict[str, dict]:
-    "A profile's sections, and the defaults of a notebook that takes a profile and is no part of the report."
+    "A profile's sections, and the defaults of a notebook that takes a profile, is no part of the report and no module."
     if notebook in sections or "profile" not in declared_parameters(notebook): return sections
+    sources = ("".join(cell["source"]) for cell in _cells(_stamp(source_file(f"{notebook}.ipynb"))))
+    if any(source.startswith("#| default_exp") for source in sources): return sections
     return sections | {notebook: _defaults(notebook)}
 
 # %% ../nbs/00_profiles.ipynb #dc312112
