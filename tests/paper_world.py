@@ -117,5 +117,7 @@ shared:
 32_autoencoder_results: {frechet_batch: 4, kid_subset: 6}
 25_textual_projection: {training_captions: 40, held_out: 10, training_steps: 2, training_batch_size: 4, kept_every: 1}
 26_textual_inversion: {training_steps: 2, training_batch_size: 2, kept_every: 1}
+B_text_clusters: {perplexity: 3.0}
+C_miniature: {pictures_drawn: 24, patients: 15, colours: 1, drawing_steps: 2}
 27_unet_finetuning: {class_images: 3, training_steps: 2, sample_every: 1, trainings: 1}
 """

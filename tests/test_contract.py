@@ -23,3 +23,28 @@ def record(out, notebook): return json.loads((out / f"records/{notebook}.json").
 
 
 def test_it_reaches_its_page(paper): assert (paper[0] / "report.html").stat().st_size > 10_000
+
+
+def test_the_models_are_those_that_the_profile_pins(paper):
+    repository, revision = paper_world.V14
+    for notebook in ("22_stable_diffusion", "25_textual_projection", "26_textual_inversion", "27_unet_finetuning"):
+        text = json.dumps(record(paper[0], notebook)["results"])
+        assert revision in text, notebook
+
+
+def test_the_worlds_are_the_papers(paper):
+    "Verdicts on the paper's own models and data are not called the miniature's."
+    claims = pd.read_csv(paper[0] / "tables/claims.csv", keep_default_na=False)
+    assert "paper" in set(claims.world) and not claims.verdict.str.contains("seen in the miniature").any()
+
+
+def test_all_seven_encoders_are_measured_on_mimic(paper):
+    table = pd.read_csv(paper[0] / "tables/table_3.csv").query("row != 'Overall'")
+    there = table[table.measured.notna()]
+    assert {"PubMedBERT", "ClinicalBERT", "SapBERT", "RadBERT", "CXR-BERT-general", "CXR-BERT-specialized", "CLIP"} <= set(there.column)
+
+
+def test_no_report_is_quoted(paper):
+    "Reports say `Study s…`; tables, records, notebooks and the page do not."
+    shown = [path for path in paper[0].rglob("*") if path.suffix in (".csv", ".json", ".ipynb", ".html") and path.parts[-2] != "cohorts"]
+    assert shown and not [path.name for path in shown if "Study s500000" in path.read_text(encoding="utf-8")]
