@@ -17,7 +17,7 @@ export PYTHONHASHSEED := 0
 $(shell test -x $(BIN)/python && test -x $(BIN)/cxr_nb || rm -f $(READY))
 
 .DEFAULT_GOAL := help
-.PHONY: help env report pdf miniature test lab hook benchmarks ablations tuning check prepare readme lock clean clean-results
+.PHONY: help env report pdf miniature test lab hook benchmarks growth ablations tuning check prepare readme lock clean clean-results
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -58,6 +58,9 @@ miniature: $(READY)  ## train the parts that cxr_nb/miniature lacks, and measure
 
 benchmarks: $(READY)  ## measure the speed ratios (D_benchmarks), outside the report's budget
 	$(RUN) --target benchmarks
+
+growth: $(READY)  ## how time and memory of an evaluation grow with its images (D_growth), outside the report's budget
+	$(RUN) --target growth
 
 ablations: $(READY)  ## train and sample the U-Net in other ways (E_ablations), outside the report's budget
 	$(RUN) --target ablations

@@ -181,7 +181,9 @@ def _left_over(parameters, left_out):
         left_out |= {name: why for name, why in lost.items() if why}
 
 # %% ../nbs/00_graph.ipynb #d54488e9
-APART = {"benchmarks": "D_benchmarks", "ablations": "E_ablations", "tuning": "E_tuning"}  # command -> notebook
+APART = {  # command -> notebook
+    "benchmarks": "D_benchmarks", "growth": "D_growth", "ablations": "E_ablations", "tuning": "E_tuning",
+}
 
 # %% ../nbs/00_graph.ipynb #74179765
 @dataclass(frozen=True)
