@@ -121,6 +121,13 @@ def test_page_is_self_contained_and_filled(made_up):
     assert made_up()[0] == html
 
 
+def test_no_two_places_of_the_page_have_one_name():
+    ids = re.findall(r'\bid="([^"]+)"', (ROOT / "outputs/demo/report.html").read_text())
+    assert len(ids) == len(set(ids)) > 30
+    numbers = [section["number"] for section in page.sections()]
+    assert len(numbers) == len(set(numbers))
+
+
 def test_table_shows_published_above_measured_and_the_numbers_of_its_file(made_up):
     rows = dict(Tables(made_up()[0]).tables)["tables/table_2.csv"]
     assert rows[0] == ["", "", "mean", "cls", "n"]
