@@ -157,6 +157,9 @@ def _table_view(
     "What the template needs to show a table."
     footer, remarks, also = "", [], description.get("also", [])
     if list(table.columns[: len(TABLE_COLUMNS)]) == TABLE_COLUMNS and not description.get("plain"):
+        if shown := description.get("columns"):
+            table = table[table.column.isin(shown)]
+            table = table.sort_values("column", key=lambda names: names.map(shown.index), kind="stable")
         view = paper_lines(table, description.get("decimals"), also) | {"corner": ""}
         footer, remarks = constants(table.drop(columns=also)), notes(table)
     else: view = plain_lines(table[description.get("columns", table.columns.tolist())])
