@@ -121,12 +121,12 @@ def optional_lines(
 
 # %% ../nbs/H_check.ipynb #99ac4cb4
 def needs_of(
-    profile: str,  # name of a profile
+    parameters: dict[str, dict],  # of all notebooks of a profile
+    notebooks: Iterable[str],  # of its report
 ) -> list[Need]:  # each with the notebooks that name it
-    "All models and data sets of a profile's report; raises what `resolve_all` raises."
-    parameters, there = resolve_all(profile), graph(profile).notebooks
+    "All models and data sets of a profile's report; raises what `model_need` raises."
     needs = {}
-    for notebook in there:
+    for notebook in notebooks:
         for name, place in models_of(parameters[notebook]):
             if place not in needs: needs[place] = model_need(name, place)
             needs[place].notebooks.append(notebook)
@@ -244,7 +244,8 @@ def check(
     price: float | None = None,  # of a GPU's hour, in any currency
 ) -> tuple[list[str], bool]:  # lines, and whether nothing is missing
     "What a profile needs, what is there and what to do; raises what `resolve_all` raises."
-    parameters, notebooks, needs = resolve_all(profile), graph(profile), needs_of(profile)
+    parameters, notebooks = resolve_all(profile), graph(profile)
+    needs = needs_of(parameters, notebooks.notebooks)
     waiting, lacking = waiting_for(needs, notebooks), [need for need in needs if not need.there]
     count = len(notebooks.notebooks)
     lines = [f"profile {profile}: {count} notebooks, {count - len(waiting)} of them can run now"]
