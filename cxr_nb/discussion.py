@@ -172,13 +172,20 @@ def _caveat(
     numbers = "; ".join(_cell_text(name, cells[REFERENCE.fullmatch(name).groups()]) for name in named)
     return [f"{claim['caveat']} ({numbers})"]
 
+# %% ../nbs/40_discussion.ipynb #19252d5a
+def _row_of(
+    cell: str,  # named table[row | column]
+) -> str:
+    "The row of a cell, named table[row]."
+    return f"{cell.partition(' | ')[0]}]"
+
 # %% ../nbs/40_discussion.ipynb #37a3210e
 def verdict(
     claim: dict,  # a row of claims.csv
     cells: dict,  # (table, row, column) -> Estimate, measured
     worlds: dict[str, str],  # table -> world, of the tables that this run has
     others: Mapping[str, dict],  # another judge or extractor, on which the verdict rests too -> its cells
-    absent: dict[str, str],  # table -> why this run does not have the one that is meant, where that is known
+    absent: dict[str, str],  # table, or table[row] -> why this run does not have what is meant, where that is known
     blind: Mapping[str, str] = MappingProxyType({}),  # table -> why its judge cannot tell
     further: Mapping[str, dict] = MappingProxyType({}),  # another set of reports -> its cells; shown alone
 ) -> dict:  # measured, world, verdict, outcome, reason, elsewhere
@@ -190,7 +197,9 @@ def verdict(
     if reason or not claim["rule"]: return blank | {"reason": reason}
     state, why, named = _answer(claim, cells)
     if state == "missing":
-        return blank | {"reason": "this run has no " + ", ".join(named[:2]) + " …" * (len(named) > 2)}
+        known = [absent[row] for row in map(_row_of, named) if row in absent]
+        lost = "this run has no " + ", ".join(named[:2]) + " …" * (len(named) > 2)
+        return blank | {"reason": known[0] if known else lost}
     measured = "; ".join(_cell_text(name, cells[REFERENCE.fullmatch(name).groups()]) for name in named)
     theirs = _elsewhere(claim, cells, others)
     if apart := [f"{name}: {other}" for name, other in theirs.items() if other != state]:
