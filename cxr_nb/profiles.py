@@ -225,6 +225,11 @@ def _checked_places(name: str, where: dict) -> dict[str, dict]:
             raise ValueError(f"profile '{name}': where: {place} takes sections of parameters")
     return where
 
+# %% ../nbs/00_profiles.ipynb #e1e540ee
+def _settled(more: dict, given: dict) -> bool:
+    "Whether a profile itself sets what a place of its base would bring."
+    return any(more[key].keys() & given[key].keys() for key in more.keys() & given.keys() - {"without"})
+
 # %% ../nbs/00_profiles.ipynb #3de14420
 def _with_base(name: str, derived: tuple[str, ...]) -> tuple[dict[str, dict], list[str], dict[str, dict]]:
     "The sections of a profile over its base or the notebooks' defaults, what it leaves out, and what it would add."
@@ -234,6 +239,7 @@ def _with_base(name: str, derived: tuple[str, ...]) -> tuple[dict[str, dict], li
     report = [notebook for notebook in source_names("", ".ipynb") if tagged_cells(notebook, "files")]
     sections, without = {notebook: _defaults(notebook) for notebook in report}, []
     if base is not None: sections, without, absent = _with_base(str(base), (*derived, name))
+    absent = {place: more for place, more in absent.items() if not _settled(more, given)}
     for place, more in _checked_places(name, where).items():
         if find_path(place).exists(): given = _over(given, more)
         else: absent = absent | {place: more}
