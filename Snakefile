@@ -9,13 +9,15 @@ from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
 
-from cxr_nb import graph, places, profiles, report, runner
+from cxr_nb import graph, places, profiles, report, resources, runner
 
 # with the file's suffix where the name alone would read as a number, as Snakemake reads it
 PROFILE = str(config.get("profile", "demo")).removesuffix(".yaml")
 OUT = os.path.relpath(places.outputs_dir(PROFILE))
 # small models gain little from a second thread; on a GPU notebooks would share its memory
 AT_ONCE = 1 if shutil.which("nvidia-smi") else 2
+# none is named where jobs are submitted to a cluster
+CORES = workflow.resource_settings.cores or 16
 try:
     if wrong := report.unfitting(PROFILE): raise ValueError("\n".join(wrong))
     GRAPH = graph.graph(PROFILE)
@@ -70,7 +72,8 @@ for name, files in GRAPH.notebooks.items():
             parameters=PARAMETERS[name],
             apart=[places.sha256(path) for path in APART_RECORDS if path.exists()] if name in ("40_discussion", "F_page") else [],
             command=Path(sys.executable).parent / "cxr_nb",
-        threads: max(1, workflow.cores // AT_ONCE)
+        threads: max(1, CORES // AT_ONCE)
+        resources: **resources.resources_of(name, PARAMETERS)
         # what takes longest begins first, and all that it waits for
         priority: int(name in ("03_phantoms", "21_datasets", "27_unet_finetuning"))
         shell: "{params.command:q} run {params.name} --profile {PROFILE}"

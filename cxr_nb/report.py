@@ -21,7 +21,7 @@ from pathlib import Path
 
 from .graph import APART, graph
 from .image_sets import ORIGINAL, variant_name
-from .places import lacking_package, outputs_dir, repo_root, sha256
+from .places import find_path, lacking_package, outputs_dir, repo_root, sha256
 from .processes import end_children, end_with, make_writable, one_writer, process_id
 from .profiles import absent_places, load_profile, resolve_parameters
 from .runner import run_or_exit
@@ -212,17 +212,23 @@ def shown_lines(
     lines,  # iterable of what Snakemake and its jobs write
 ):  # yields the lines for a person
     "A line per notebook that begins, ends or fails, with its position among those that run."
-    total, place = 0, {}
+    total, place, jobs, sent = 0, {}, {}, set()
+    def shown(name, what): return f"[{place.setdefault(name, len(place) + 1):2}/{total}] {name} {what}"
     for line in lines:
         if count := re.match(r"notebook_\w+ +(\d+)", line): total += int(count[1])
-        elif line.startswith(BEGINS):
-            name = line.removeprefix(BEGINS).strip()
-            place[name] = len(place) + 1
-            yield f"[{place[name]:2}/{total}] {name} begins"
+        elif line.startswith(BEGINS): yield shown(line.removeprefix(BEGINS).strip(), "begins")
         elif line.startswith(ENDS):
             name, seconds = line.removeprefix(ENDS).split()
-            yield f"[{place.get(name, 0):2}/{total}] {name} ended after {float(seconds):.0f} s"
+            yield shown(name, f"ended after {float(seconds):.0f} s")
         elif line.startswith(FAILS): yield line.rstrip()
+        elif job := re.match(r"Job (\d+): notebook (\w+)", line): jobs[job[1]] = job[2]
+        elif (job := re.match(r"Submitted job (\d+) ", line)) and job[1] in jobs:
+            sent.add(name := jobs[job[1]])
+            yield shown(name, "submitted")
+        elif (job := re.match(r"Finished jobid: \d+ \(Rule: notebook_(\w+)\)", line)) and job[1] in sent:
+            yield shown(job[1], "ended")
+        elif (job := re.match(r"Error in rule notebook_(\w+):", line)) and job[1] in sent:
+            yield f"{FAILS}notebook {job[1]} failed; see its failed/{job[1]}.ipynb among the results, or its job's log"
 
 # %% ../nbs/07_report.ipynb #07c0de37
 _SNAKEMAKE = """
@@ -293,19 +299,29 @@ def _last_lines(code, shown, log, target):
     lines = [] if known else [f"cxr_nb: {target} failed: {_why(log)}"]
     return [*lines, f"what ran is kept, and the same command goes on from there; log: {os.path.relpath(log)}"]
 
+# %% ../nbs/07_report.ipynb #23542ed6
+def _where_to_run(cores: int, cluster: str) -> list[str]:
+    "Snakemake's options for this machine, or for a cluster; raises FileNotFoundError for a folder without config.yaml."
+    if not cluster: return ["--cores", str(cores)]
+    if not (find_path(cluster) / "config.yaml").is_file():
+        raise FileNotFoundError(f"--cluster {cluster}: has no config.yaml; cluster/slurm is one for SLURM")
+    return ["--profile", str(find_path(cluster))]
+
 # %% ../nbs/07_report.ipynb #07c0de63
 def run_report(
     profile: str = "demo",  # name of a profile
     cores: int = 1,
     target: str = "report",  # a rule of the Snakefile: "report", or a key of APART
+    cluster: str = "",  # a folder with Snakemake's config.yaml, to submit each notebook as a job; empty: run them here
 ) -> int:  # 0 where all went well
     """Run every notebook of a profile that is out of date, with a line for each that begins, ends or fails.
 
     Raises ValueError for a profile that does not fit together, BlockingIOError
-    where another run is at work on the same results, and OSError where a folder
-    cannot be written.
+    where another run is at work on the same results, FileNotFoundError where the
+    cluster's folder has no config.yaml, and OSError where a folder cannot be written.
     """
     if wrong := unfitting(profile): raise ValueError("\n".join(wrong))
+    at = _where_to_run(cores, cluster)
     for line in [*without_package(profile), *without_place(profile)]: print(line, flush=True)
     folder, shown = outputs_dir(profile), []
     log, locks = folder / "report.log", folder / ".locks"
@@ -314,7 +330,7 @@ def run_report(
         _without_remains(folder)
         again = _to_run_again(profile, target)
         forced = ["--forcerun", *again] * bool(again)
-        running = _snakemake(profile, target, "--cores", str(cores), *forced)
+        running = _snakemake(profile, target, *at, *forced)
         try:
             for line in shown_lines(_logged(running.stdout, log)):
                 shown.append(line)
@@ -348,12 +364,13 @@ def report_or_exit(
     profile: str,  # name of a profile
     cores: int,
     target: str,  # one of TARGETS
+    cluster: str = "",  # a folder, as `run_report` takes it
 ) -> int:  # for the shell
     "Run a report as `run_report` does; whatever goes wrong is clear lines on the terminal."
     _end_at_signals()
     if cores < 1: return _complain(f"--cores {cores}: one core at least")
     if parent := os.environ.get("CXR_NB_MAKE"): end_with(process_id(int(parent)))
-    try: return run_report(profile, cores, target)
+    try: return run_report(profile, cores, target, cluster)
     except (OSError, KeyError, TypeError, ValueError) as error:
         return _complain(error.args[-1] if isinstance(error, KeyError) else error)
     except KeyboardInterrupt: return _complain(STOPPED)
@@ -389,6 +406,7 @@ def main(
     instead = {"nargs": 2, "action": "append", "default": [], "metavar": ("NAME", "VALUE")}
     run.add_argument("-p", "--parameter", **instead, help="take VALUE in place of the profile's")
     report.add_argument("--cores", type=int, default=os.cpu_count(), help="to use (default: all)")
+    report.add_argument("--cluster", default="", help="a folder like cluster/slurm: submit each notebook as a job")
     report.add_argument("--target", default="report", choices=TARGETS, help="what to run (default: report)")
     try: args, more = parser.parse_known_args(_for_argparse(sys.argv[1:] if argv is None else argv))
     except ValueError as error: sys.exit(f"cxr_nb: {error}")
@@ -396,5 +414,5 @@ def main(
         sys.exit(
             f"cxr_nb: {' '.join(more)}: not understood; -p takes a name and one value, a list as '[\"a\", \"b\"]'"
         )
-    if args.command == "report": sys.exit(report_or_exit(args.profile, args.cores, args.target))
+    if args.command == "report": sys.exit(report_or_exit(args.profile, args.cores, args.target, args.cluster))
     print(os.path.relpath(run_or_exit(args.notebook, args.profile, args.parameter)))

@@ -166,6 +166,52 @@ def test_children_end_with_a_snakemake_that_is_killed(project):
     assert running.wait(timeout=10) == 1
 
 
+SUBMIT = """
+echo "$1" >> asked
+for job; do :; done
+nohup sh "$job" > "$(dirname "$0")/job.log" 2>&1 &
+echo $!
+"""
+
+
+def stub_cluster(project, asked):
+    "A scheduler that notes what a job asks for and begins it at once."
+    (project / "stub").mkdir()
+    (project / "stub/submit.sh").write_text(SUBMIT)
+    (project / "stub/config.yaml").write_text(
+        f"executor: cluster-generic\ncluster-generic-submit-cmd: 'sh stub/submit.sh \"{asked}\"'\njobs: 2\nlatency-wait: 20\n")
+    return "--cluster", "stub"
+
+
+def test_a_notebook_is_a_job_of_a_cluster(project, run_in):
+    profile(project, 1)
+    cluster = stub_cluster(project, "{rule}")
+    done = run_in(project, "cxr_nb", "report", "--profile", "tiny", *cluster)
+    assert done.returncode == 0, done.stderr + (project / "outputs/tiny/report.log").read_text()
+    assert done.stdout.splitlines() == ["[ 1/1] 99_small submitted", "[ 1/1] 99_small ended", "the page: outputs/tiny/report.html"]
+    assert (project / "asked").read_text() == "notebook_99_small\n"
+    assert "cxr_nb: begins 99_small" in (project / "stub/job.log").read_text()
+    profile(project, 3)
+    done = run_in(project, "cxr_nb", "report", "--profile", "tiny", *cluster)
+    assert done.returncode == 1 and "cxr_nb: notebook 99_small failed; see its failed/99_small.ipynb" in done.stdout
+    assert (project / "outputs/tiny/failed/99_small.ipynb").exists()
+    [line] = run_in(project, "cxr_nb", "report", "--profile", "tiny", "--cluster", "nowhere").stderr.splitlines()
+    assert line == "cxr_nb: --cluster nowhere: has no config.yaml; cluster/slurm is one for SLURM"
+
+
+def test_the_graph_is_submitted_with_what_its_notebooks_ask_for(tmp_path, copy_project, run_in):
+    copy = copy_project(tmp_path / "copy")
+    cluster = stub_cluster(copy, "{rule} {threads} {resources.mem_mb} {resources.runtime}")
+    done = run_in(copy, "cxr_nb", "report", "--profile", "smoke", "--target", "growth", *cluster)
+    assert done.returncode == 0, done.stderr + (copy / "outputs/smoke/report.log").read_text()
+    assert (copy / "asked").read_text() == "notebook_D_growth 8 32000 240\n"
+    assert (copy / "outputs/smoke/tables/growth.csv").exists()
+    # SLURM itself is not here: its settings are read, and nothing is submitted
+    options = "--config", "profile=paper.yaml", "--profile", "cluster/slurm", "--executor", "dryrun", "notebook_27_unet_finetuning"
+    plan = run_in(copy, "snakemake", "--dry-run", *options)
+    assert plan.returncode == 0 and "notebook 27_unet_finetuning" in plan.stdout, plan.stderr
+
+
 def test_a_lock_of_an_owner_out_of_sight_stands(project, run_in):
     profile(project, 1)
     lock = project / "outputs/tiny/.locks/report"
