@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
-import pandas as pd
 import yaml
 
 from .checkpoints import cached_snapshot, is_place
@@ -152,7 +151,7 @@ def peak_of(
     "A GPU's peak of single-precision matrix products."
     peaks = known_needs()["gpus"]
     words = f" {name.replace('-', ' ')} "
-    return next((peaks[gpu] for gpu in sorted(peaks, key=len, reverse=True) if f" {gpu} " in words), None)
+    return next((peaks[gpu]["tflops"] for gpu in sorted(peaks, key=len, reverse=True) if f" {gpu} " in words), None)
 
 # %% ../nbs/H_check.ipynb #3abb641e
 # weights, gradients and two moments of AdamW, four bytes each, for the 859.5 million parameters of Stable Diffusion v1

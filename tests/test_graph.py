@@ -134,7 +134,7 @@ def test_public_adapts_the_model_where_public_radiographs_lie(there):
 def test_a_profile_without_images_keeps_the_study_of_texts(there):
     made = graph.graph("public")
     assert set(made.notebooks) == {"03_phantoms", "21_datasets", "22_stable_diffusion", "24_text_encoder", "25_textual_projection",
-                                   "33_text_encoder_results", "B_text_clusters", "C_miniature", "D_benchmarks", "D_growth", "F_page"}
+                                   "33_text_encoder_results", "B_text_clusters", "C_miniature", "D_benchmarks", "D_cost", "D_growth", "F_page"}
     assert all("\n" not in why and (why.startswith(name) or why == f"profile 'public' leaves {name} out") for name, why in made.left_out.items())
 
 
