@@ -1,6 +1,6 @@
 """The world of the profile `paper`, made small: a hub's cache and data sets under their real names and in their real layouts, of random content.
 
-Inception is not in it: its file is known by its hash.
+Inception is not in it: its loader takes the published file alone, by its hash, and that check is not to be got round.
 """
 import hashlib
 
@@ -66,7 +66,7 @@ def models(home, work):
 def data(folder):
     "The data sets at the places that `paper` names."
     trees.chexpert(folder / "chexpert", patients=30)
-    trees.mimic(folder / "mimic-cxr-jpg", patients=42, alone=True)
+    trees.mimic(folder / "mimic-cxr-jpg", patients=56, alone=70)
     trees.mimic_reports(folder, folder / "mimic-cxr-jpg", as_zip=True)
     trees.laion(folder / "laion400m-meta", parts=2, rows=60)
 
@@ -76,12 +76,13 @@ def environment(home):
     return {"HOME": str(home), "HF_HOME": str(home / "hf"), "TORCH_HOME": str(home / "torch"), "HF_HUB_OFFLINE": "1"}
 
 
-# fewer images, captions and steps, and the extractor that cannot be made up left out: nothing else
+# fewer images, captions and steps; left out are Inception, whose file is not made up, and what is about the bundled models, as the smoke report runs it
 CUT = f"""base: paper
+without: [J_report_prompts, C_miniature]
 shared:
   size: 64
   steps: 2
-  images_per_prompt: 3
+  images_per_prompt: 2
   batch_size: 8
   draws: 50
   blocks: 3
@@ -90,14 +91,15 @@ shared:
   extractors: [{JUDGE}]
   extractor: {JUDGE}
 03_phantoms: {{patients: 2, reports_per_label: 1}}
-21_datasets: {{sample_size: 40, captions: 80, few_shot: 2, reports_per_class: 5, min_reports: 3}}
+21_datasets: {{sample_size: 30, captions: 80, few_shot: 2, reports_per_class: 5, min_reports: 3}}
 23_autoencoder: {{sizes: [64]}}
 25_textual_projection: {{training_captions: 40, held_out: 10, training_steps: 2, training_batch_size: 4, kept_every: 1}}
 26_textual_inversion: {{training_steps: 2, training_batch_size: 2, kept_every: 1}}
-27_unet_finetuning: {{class_images: 3, training_steps: 2, sample_every: 2, trainings: 2}}
+27_unet_finetuning: {{class_images: 2, training_steps: 2, sample_every: 2, trainings: 1}}
 28_classification: {{most_real: 12}}
 32_autoencoder_results: {{frechet_batch: 4, kid_subset: 6}}
 33_text_encoder_results: {{k: 2}}
+34_generation_results: {{neighbours: 1, examples: 2}}
+10_introduction: {{examples: 2}}
 B_text_clusters: {{perplexity: 3.0}}
-C_miniature: {{pictures_drawn: 24, patients: 15, colours: 1, drawing_steps: 2}}
 """
