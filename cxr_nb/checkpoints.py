@@ -406,6 +406,8 @@ def load_network(
     "A network with its weights; raises ValueError where some are unreadable, missing, misfits or not finite."
     read_settings(Path(folder) / "config.json", what)
     if kind.__module__.startswith("transformers."): settings["ignore_mismatched_sizes"] = True  # and so names them
+    else:  # diffusers looks for safetensors first, and complains where there are none
+        settings["use_safetensors"] = (Path(folder) / "diffusion_pytorch_model.safetensors").exists()
     model, info = load_quietly(kind, folder, what, output_loading_info=True, **settings)
     lost = sorted(key for key in info["missing_keys"] if "position_ids" not in key)
     spared = [key for key in lost if optional and key.startswith(f"{optional}.")]

@@ -23,8 +23,9 @@ def picture(path, seed=0, size=64):
     Image.fromarray(pixels).save(path)
 
 
-def labels(rng, n, values=("1.0", "0.0", "-1.0", "")):
-    "Raw labels as text; every third row is normal, every third has an effusion alone."
+def labels(rng, n, values=("1.0", "0.0", "-1.0", ""), alone=0):
+    "Raw labels as text; every third row is normal, every third has an effusion alone. Or the first `alone` rows have one label each, all in turn, the rest about half."
+    if alone: return pd.DataFrame([["1.0" if (i % 14 == j if i < alone else rng.random() < 0.5) else "" for j in range(14)] for i in range(n)], columns=CHEXPERT_LABELS)
     table = pd.DataFrame(rng.choice(values, (n, 14), p=[0.15, 0.15, 0.1, 0.6]), columns=CHEXPERT_LABELS)
     for label, start in (("No Finding", 0), ("Pleural Effusion", 1)):
         table.iloc[start::3] = ""
@@ -58,8 +59,8 @@ def chexpert(root, shape="CheXpert-v1.0-small", patients=30, order=1, name=True)
     return root
 
 
-def mimic(root, patients=20, packed=True, order=1, tables=("metadata", "chexpert", "negbio", "split")):
-    "MIMIC-CXR-JPG with tables packed or not; its reports go to `reports` beside it."
+def mimic(root, patients=20, packed=True, order=1, tables=("metadata", "chexpert", "negbio", "split"), alone=0):
+    "MIMIC-CXR-JPG with tables packed or not; its reports go to `reports` beside it. `alone`: studies of one label each, as `labels` has it."
     rng = np.random.default_rng(1)
     rows = [(10000032 + 7 * p, 50000000 + 10 * p + s, f"{p:02}{s}{v}abcd-00000000-00000000-00000000-00000000", view)
             for p in range(patients) for s in range(2) for v, view in enumerate(("PA", "LATERAL", "AP", "")[: 2 + p % 3])]
@@ -67,7 +68,7 @@ def mimic(root, patients=20, packed=True, order=1, tables=("metadata", "chexpert
     metadata.insert(3, "PerformedProcedureStepDescription", "CHEST (PA AND LAT)")
     metadata = metadata.assign(Rows=3056, Columns=2544, StudyDate=21800506, StudyTime=213014.531)
     studies = metadata[["subject_id", "study_id"]].drop_duplicates(ignore_index=True)
-    chexpert_labels = pd.concat([studies, labels(rng, len(studies))], axis=1)
+    chexpert_labels = pd.concat([studies, labels(rng, len(studies), alone=alone)], axis=1)
     negbio = chexpert_labels.copy()
     negbio.loc[4, "Edema"] = "0.0" if negbio.loc[4, "Edema"] != "0.0" else "1.0"
     split = metadata[["dicom_id", "study_id", "subject_id"]].assign(split=["test" if p % 5 == 0 else "train" for p in metadata.subject_id])
