@@ -48,6 +48,8 @@ def torch_device(
     "The named device."
     import torch
     if name != "auto": return torch.device(name)
+    # a launch of several processes on one machine numbers them
+    if torch.cuda.is_available() and "LOCAL_RANK" in os.environ: return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
 
 # %% ../nbs/00_core.ipynb #115c0742

@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
+from .caches import in_shares
 from .checkpoints import choose_files, commit_of, files_in, find_checkpoint, load_network
 from .checkpoints import load_quietly, load_tokenizer, read_settings
 from .core import Run, torch_device
@@ -311,6 +312,7 @@ def sample(
 ) -> torch.Tensor:  # (n, 3, size, size) uint8
     """Draw images (§2.2), for one prompt or for one each, with a progress bar over denoising steps.
 
+    The processes of a launch by accelerate draw a share each and get all images.
     Raises ValueError for a prompt that is too long, prompts that are not as many
     as seeds, steps the scheduler cannot take, a rescale beyond 0 to 1, a size the
     VAE cannot make, and images that are not finite.
@@ -320,10 +322,9 @@ def sample(
     embeds = [_prompt_embeds(pipeline, one, len(seeds)) for one in (prompt, negative_prompt)]
     shape = _latent_shape(pipeline, size)
     side, batches = shape[1] * vae_factor(pipeline.vae), range(0, len(seeds), batch_size)
-    images = [torch.empty(0, 3, side, side, dtype=torch.uint8)]
     with tqdm(total=len(batches) * evaluations, desc=f"{len(seeds)} images", unit="step", leave=False) as bar:
         def advance(pipeline, step, timestep, kept): bar.update(); return kept
-        for start in batches:
+        def draw(start):
             random = generators(seeds[start : start + batch_size])
             some = (one if len(one) == 1 else one[start : start + batch_size] for one in embeds)
             prompt_embeds, negative_prompt_embeds = (one.expand(len(random), -1, -1) for one in some)
@@ -335,8 +336,8 @@ def sample(
                 latents=seeded_noise(shape, random).to(prompt_embeds.dtype), generator=random,
                 callback_on_step_end=advance, output_type="latent",
             ).images
-            images.append(to_bytes(decode(pipeline.vae, latents)))
-    return torch.cat(images)
+            return to_bytes(decode(pipeline.vae, latents))
+        return torch.cat([torch.empty(0, 3, side, side, dtype=torch.uint8), *in_shares(batches, draw)])
 
 # %% ../nbs/22_stable_diffusion.ipynb #c5b374a6
 def write_images(

@@ -21,6 +21,7 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
+from .caches import in_shares
 from .checkpoints import WEIGHTS, commit_of, fill_network, find_checkpoint, load_network, load_tokenizer
 from .checkpoints import package_record, read_settings, read_tensors
 from .core import torch_device
@@ -239,20 +240,27 @@ def embed(
     special_tokens: bool = True,  # whether the mean counts [CLS], [SEP] and the like
     progress: bool = True,  # show a bar
 ) -> tuple[dict[str, torch.Tensor], int]:  # extraction -> (n, width) float32 on the CPU; how many texts were cut
-    "Embeddings by every extraction the encoder has (§2.4); raises ValueError for NaN and for a text without a token."
+    """Embeddings by every extraction the encoder has (§2.4).
+
+    The processes of a launch by accelerate embed a share each and get all of
+    them. Raises ValueError for NaN and for a text without a token.
+    """
     empty = [i for i, text in enumerate(texts) if not _is_visible(text)]
     if empty:
         raise ValueError(
             f"text {empty[0]} is empty ({len(empty)} of {len(texts)} are); leave reports without an impression out"
         )
     lengths = _token_counts(encoder, texts)
-    order, device, batches = np.argsort(-lengths, kind="stable"), encoder.model.device, []
+    order, starts = np.argsort(-lengths, kind="stable"), range(0, len(texts), batch_size)
     padded = dict(padding=True, truncation=True, return_special_tokens_mask=True, return_tensors="pt")
-    for start in tqdm(range(0, len(texts), batch_size), desc=encoder.source.name, disable=not progress):
-        batch = [texts[i] for i in order[start : start + batch_size]]
-        tokens = encoder.tokenizer(batch, max_length=encoder.max_length, **padded)
-        tokens.pop("token_type_ids", None)
-        batches.append(_extract(encoder, tokens.to(device), special_tokens))
+    with tqdm(total=len(starts), desc=encoder.source.name, disable=not progress) as bar:
+        def extract(start):
+            batch = [texts[i] for i in order[start : start + batch_size]]
+            tokens = encoder.tokenizer(batch, max_length=encoder.max_length, **padded)
+            tokens.pop("token_type_ids", None)
+            bar.update()
+            return _extract(encoder, tokens.to(encoder.model.device), special_tokens)
+        batches = in_shares(starts, extract)
     back, cut = torch.from_numpy(np.argsort(order)), int((lengths > encoder.max_length).sum())
     embeddings = {name: torch.cat([batch[name] for batch in batches])[back] for name in batches[0]}
     _check_embeddings(embeddings, encoder.source.name)

@@ -1,8 +1,11 @@
 "Loading and sampling, on a small pipeline of random weights, against diffusers' own pipeline and a loop written out."
 import json
+import multiprocessing
+import os
 import pickle
 import re
 import shutil
+import socket
 
 import diffusers
 import nbformat
@@ -16,6 +19,7 @@ from cxr_nb import checkpoints, places
 from cxr_nb.stable_diffusion import (
     SCHEDULERS, check_steps, components_folder, components_record, decode, draw_latents, encode, encoder_hidden_states, gray, image_seeds,
     load_component, load_pipeline, load_scheduler, sample, write_images)
+from cxr_nb.text_encoder import embed, load_text_encoder
 
 PINNED = "1234567890abcdef1234567890abcdef12345678"
 PARTS = ("vae", "unet", "text_encoder")
@@ -31,6 +35,39 @@ def noise(seeds):
 
 
 def as_bytes(images): return (torch.as_tensor(images) * 255).round()
+
+
+def embedded_texts():
+    encoder = load_text_encoder("Miniature", "cxr_nb/miniature/text_encoders/reports", "cpu")
+    return embed(encoder, ["Clear lungs.", "Small effusion.", "No acute disease.", "Effusion.", "Edema."], batch_size=2, progress=False)[0]
+
+
+def in_group(rank, port, folder, out):
+    "What one of two processes does that a launcher started on CPUs."
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {"ACCELERATE_USE_CPU": "true", "LOCAL_WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    pipeline, drawn = load_pipeline(str(folder)), []
+    whole = pipeline.unet.forward
+    def counted(*args, **kwargs): drawn.append(len(args[0])); return whole(*args, **kwargs)
+    pipeline.unet.forward = counted
+    images, embedded = sample(pipeline, "lung", range(5), steps=2, batch_size=2), embedded_texts()
+    if rank == 1: pipeline.vae.post_quant_conv.weight.data.fill_(float("nan"))  # an error of one is known to all
+    try: sample(pipeline, "lung", range(5), steps=2, batch_size=2)
+    except ValueError as error: torch.save((images, embedded, drawn, str(error)), out / f"{rank}.pt")
+
+
+def test_two_processes_share_the_drawing_and_the_texts_and_both_get_all(folder, tmp_path):
+    with socket.socket() as free: free.bind(("127.0.0.1", 0)); port = free.getsockname()[1]
+    group = [multiprocessing.get_context("spawn").Process(target=in_group, args=(rank, port, folder, tmp_path)) for rank in (0, 1)]
+    for process in group: process.start()
+    for process in group: process.join(120)
+    assert [process.exitcode for process in group] == [0, 0]
+    (first, texts, many, error), (second, others, few, same) = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    alone = sample(load_pipeline(str(folder)), "lung", range(5), steps=2, batch_size=2)
+    assert torch.equal(first, alone) and torch.equal(second, alone)
+    for name, values in embedded_texts().items(): assert torch.equal(texts[name], values) and torch.equal(others[name], values), name
+    assert len(many) > len(few) > 0, "the first drew two batches of three, the second one"
+    assert error == same and "finite" in error
 
 
 def close(a, b): assert (a.float() - b.float()).abs().max() <= 1  # a grey level: rounding falls either way
