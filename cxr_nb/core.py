@@ -48,9 +48,10 @@ def torch_device(
     "The named device."
     import torch
     if name != "auto": return torch.device(name)
-    # a launch of several processes on one machine numbers them
-    if torch.cuda.is_available() and "LOCAL_RANK" in os.environ: return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-    return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+    # a launch of several processes on one machine numbers them, and each has a GPU
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ["LOCAL_RANK"])) if "LOCAL_RANK" in os.environ else torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 # %% ../nbs/00_core.ipynb #115c0742
 def versions() -> dict[str, str]:
