@@ -50,7 +50,8 @@ def torch_device(
     if name != "auto": return torch.device(name)
     # a launch of several processes on one machine numbers them, and each has a GPU
     if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ["LOCAL_RANK"])) if "LOCAL_RANK" in os.environ else torch.device("cuda")
+        rank = os.environ.get("LOCAL_RANK")
+        return torch.device("cuda" if rank is None else f"cuda:{rank}")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 # %% ../nbs/00_core.ipynb #115c0742
