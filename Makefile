@@ -17,7 +17,7 @@ export PYTHONHASHSEED := 0
 $(shell test -x $(BIN)/python && test -x $(BIN)/cxr_nb || rm -f $(READY))
 
 .DEFAULT_GOAL := help
-.PHONY: help env report pdf miniature test lab hook benchmarks growth ablations tuning check prepare readme lock clean clean-results
+.PHONY: help env report pdf miniature test lab hook benchmarks growth ablations tuning check clear prepare readme lock clean clean-results
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -78,9 +78,13 @@ lab: $(READY)  ## open JupyterLab on the notebooks (ARGS="--no-browser --port 88
 
 prepare: $(READY)  ## before a commit: export, clean and render the README
 	$(BIN)/nbdev_export
-	$(BIN)/python -m nbconvert --clear-output --inplace --log-level WARN nbs/*.ipynb
-	$(BIN)/nbdev_clean
+	$(MAKE) clear
 	$(MAKE) readme
+
+# what widgets showed is kept apart from the outputs, in the notebook's metadata
+clear: $(READY)  ## clear all notebooks of what they have shown: outputs and widgets
+	$(BIN)/python -m nbconvert --to notebook --inplace --log-level WARN --ClearOutputPreprocessor.enabled=True --ClearMetadataPreprocessor.enabled=True --ClearMetadataPreprocessor.clear_cell_metadata=False '--ClearMetadataPreprocessor.preserve_nb_metadata_mask={"kernelspec"}' $(or $(NOTEBOOKS),nbs/*.ipynb)
+	$(BIN)/nbdev_clean
 
 # links are written for nbs/, where the notebook lies
 readme: $(READY)

@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 
 from .alignment import judge_rows, label_by_prompts, own_prompt_rows, text_rows
 from .checkpoints import package_record
-from .commits import git_commit
+from .commits import git_commit, git_would_track, places_beside
 from .core import versions
 from .evaluation_page import SECTIONS, Evaluation, evaluation_page, verdict_views
 from .image_faults import fault_shares, list_faults, same_pixels
@@ -326,6 +326,17 @@ def _evaluated(lists, extractors, judges, image_text, kept, size, processes, dev
     listed = pd.concat(faults.values(), ignore_index=True)
     return Evaluation(scans, rows, listed, shares, nearest, models, settings, [*absent, *missing])
 
+# %% ../nbs/32_evaluation.ipynb #e4da2887
+def _refuse_tracked(out: Path, places: dict[str, str]) -> None:
+    "Raise ValueError where git would track results on images that are not the project's, or does not tell."
+    try: tracked = places_beside(places) and git_would_track(out / "report.html")
+    except RuntimeError as error: raise ValueError(str(error)) from None
+    if tracked:
+        raise ValueError(
+            f"{out}: git would track this, and pictures and names of other people's images, which a data use agreement "
+            "may protect, do not belong in a commit; name a folder with --out that git ignores, or outside of a repository"
+        )
+
 # %% ../nbs/32_evaluation.ipynb #3d012189
 def evaluate(
     generated: str | Path,  # folder, CSV or cohort of generated images
@@ -346,10 +357,12 @@ def evaluate(
 ) -> Evaluation:
     """Measure generated images against real ones, and write tables and a page.
 
-    Raises FileNotFoundError and ValueError, in one line, for places that are not there and tables with a mistake, and
-    BlockingIOError where another run is at work in the same folder.
+    Raises FileNotFoundError and ValueError, in one line, for places that are not there and tables with a mistake,
+    ValueError where git would track results on other people's images, and BlockingIOError where another run is at work
+    in the same folder.
     """
     requirements, out = [read_requirement(text) for text in require], Path(out)
+    _refuse_tracked(out, {"generated": str(generated), "reference": str(reference), "training": str(training or "")})
     lists = read_lists(generated, reference, training, labels, prompts)
     make_writable(out, "name another folder with --out")
     with one_writer(out / "kept/.lock", f"evaluation of {generated}"):

@@ -193,3 +193,13 @@ def test_a_record_names_the_commit_of_the_code(repository, monkeypatch):
     assert commits.git_commit() == f"{code}-dirty"
     later = committed("nbs/profiles/demo.yaml", "b: {}")
     assert commits.git_commit() == later != code
+
+
+def test_an_evaluation_of_other_peoples_images_is_not_written_where_git_tracks_it(repository, tmp_path):
+    from cxr_nb.evaluation import evaluate
+    for name in ("drawn", "real"): (tmp_path / name).mkdir()
+    with pytest.raises(ValueError, match="git would track this, .* name a folder with --out"):
+        evaluate(tmp_path / "drawn", tmp_path / "real", out=repository / "results")
+    assert not (repository / "results").exists()
+    with pytest.raises((ValueError, FileNotFoundError), match="drawn|real") as where: evaluate(tmp_path / "drawn", tmp_path / "real", out=repository / "out/results")
+    assert "git" not in str(where.value)

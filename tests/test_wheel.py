@@ -38,6 +38,16 @@ def test_the_wheel_holds_what_nbs_holds(installed):
         assert (installed / "cxr_nb/notebooks" / path.relative_to(ROOT / "nbs")).read_bytes() == path.read_bytes()
 
 
+def test_nothing_of_ones_own_is_packed(tmp_path, copy_project, run_in):
+    source = copy_project(tmp_path / "source")
+    (source / "nbs/profiles/mine.yaml").write_text("base: public\n")
+    (source / "nbs/mine.ipynb").write_text(json.dumps({"cells": [{"outputs": [{"text": "x"}]}]}))
+    for command in (["bdist_wheel"], ["sdist"]):
+        built = run_in(source, "python", "setup.py", "--quiet", *command, "-d", tmp_path / "made")
+        assert built.returncode and "cxr_nb: nbs/mine.ipynb: a notebook with saved outputs" in built.stderr
+        assert "cxr_nb: nbs/profiles/mine.yaml: a profile of your own" in built.stderr and not list((tmp_path / "made").glob("*"))
+
+
 def test_bundled_models_and_profiles_are_found_wherever_the_package_lies(installed, python, tmp_path):
     code = """
 import json, re, cxr_nb
