@@ -33,6 +33,8 @@ def _by_place(path):
 
 # %% ../nbs/01_commit_check.ipynb #b1fb3bcf
 _PICTURE = re.compile(rb"data:image/(?!svg)[\w.+-]+;base64,|<image[^>]{1,200}base64,", re.I)
+
+# %% ../nbs/01_commit_check.ipynb #ddff1710
 _SHOWS = ("outputs/demo/report.html", "outputs/demo/notebooks/", "outputs/demo/figures/")  # pictures, and may
 
 # %% ../nbs/01_commit_check.ipynb #307789a3
@@ -82,6 +84,8 @@ def _by_outputs(path, content):
 
 # %% ../nbs/01_commit_check.ipynb #adbfe696
 _END, _START = rb"(?![0-9A-Za-z])", rb"(?<![0-9A-Za-z])"
+
+# %% ../nbs/01_commit_check.ipynb #12d43749
 _IDS = re.compile(
     _START + rb"(?:[pP]1\d{7}|[sS]5\d{7}|patient\d{5}|[0-9a-f]{8}(?:-[0-9a-f]{8}){4})" + _END
     + rb"|" + _START + rb"1\d{7}[,;\t |/\"]{1,3}5\d{7}" + _END
@@ -89,6 +93,8 @@ _IDS = re.compile(
 
 # %% ../nbs/01_commit_check.ipynb #9b125971
 _KEYS = rb"(?:subject_id|study_id|dicom_id|report_impression|report_findings)"
+
+# %% ../nbs/01_commit_check.ipynb #f4b4261e
 _COLUMNS = re.compile(
     rb"(?im)^(?:\xef\xbb\xbf)?(?:[^\n]*[,;\t|])?[\"' ]*" + _KEYS + rb"[\"' ]*(?:[,;\t|]|\r?$)"
     rb"|[\"']" + _KEYS + rb"\\*[\"'] *:"
@@ -96,6 +102,8 @@ _COLUMNS = re.compile(
 
 # %% ../nbs/01_commit_check.ipynb #40c67fff
 _WORDS = rb"(?:EXAMINATION|INDICATION|TECHNIQUE|COMPARISON|FINDINGS|IMPRESSION|FINAL REPORT)"
+
+# %% ../nbs/01_commit_check.ipynb #430143d6
 _HEADINGS = re.compile(
     rb"(?im)(?:" + _START + rb"|(?<=\\n))(" + _WORDS + rb")\\*[\"'*_ ]*:"
     rb"|(?:^|\\n)[ \t>*_#]*(" + _WORDS + rb")[ \t*_]*(?:\\n|\r?$)"
@@ -185,6 +193,8 @@ python="$(git rev-parse --show-toplevel)/.venv/bin/python"
 test -x "$python" || { echo "cxr_nb: $python is not there to look at the files; make env" >&2; exit 1; }
 "$python" -c "from cxr_nb.commit_check import *; check_or_exit()" || exit 1
 """
+
+# %% ../nbs/01_commit_check.ipynb #2ffd55b5
 PUSH = HOOK.replace("check_or_exit()", "import sys; check_or_exit(sys.stdin)")
 HOOKS = {"pre-commit": HOOK, "pre-merge-commit": HOOK, "pre-push": PUSH}
 

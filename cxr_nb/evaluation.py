@@ -334,7 +334,8 @@ def _refuse_tracked(out: Path, places: dict[str, str]) -> None:
     if tracked:
         raise ValueError(
             f"{out}: git would track this, and pictures and names of other people's images, which a data use agreement "
-            "may protect, do not belong in a commit; name a folder with --out that git ignores, or outside of a repository"
+            "may protect, do not belong in a commit; name a folder with --out that git ignores, or one outside of a "
+            "repository"
         )
 
 # %% ../nbs/32_evaluation.ipynb #3d012189
