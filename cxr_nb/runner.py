@@ -57,7 +57,7 @@ def _make_light(path: Path) -> None:
             if "data" in output: output["data"] = _lighter(output["data"])
     for noted in ("widgets", "papermill"): notebook["metadata"].pop(noted, None)
     with written_whole(path) as partial:
-        partial.write_text(json.dumps(notebook, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        partial.write_text(json.dumps(notebook, indent=0, ensure_ascii=False) + "\n", encoding="utf-8")
 
 # %% ../nbs/06_runner.ipynb #63703e77
 @contextmanager
