@@ -165,7 +165,8 @@ def missing(
     profile = self.parameters["profile"]
     maker, gone = graph(profile).maker(name), f"outputs/{profile}/{name} is missing"
     if not maker: return f"{gone}; no notebook of profile '{profile}' makes it"
-    return f"{gone}; notebook {maker} makes it: cxr_nb run {maker} --profile {profile}"
+    here, everything = f"cxr_nb run {maker} --profile {profile}", f"make report PROFILE={profile}"
+    return f"{gone}; notebook {maker} makes it: {here}, or {everything} for all"
 
 # %% ../nbs/00_core.ipynb #4d5064f0
 @patch

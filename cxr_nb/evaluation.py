@@ -376,7 +376,7 @@ def evaluate(
 # %% ../nbs/32_evaluation.ipynb #f8b27e6d
 _HELP = {
     "generated": "folder, CSV or cohort of generated images",
-    "reference": "the same of real ones; floors need its patients, from labels.csv or --labels",
+    "reference": "the same of real ones; floors need its patients, from labels.csv, its only CSV, or --labels",
     "--labels": "table: image, and patient_id, finding_labels or a column per label; can be given again",
     "--prompts": "table: image and prompt, of generated images (default: a folder is a prompt)",
     "--training": "folder, CSV or cohort of the images that the generator was trained on",

@@ -143,7 +143,7 @@ def notebook_named(
     if len(fitting) == 1: return fitting[0]
     if fitting: raise ValueError(f"notebook {text}: there are {' and '.join(fitting)}; write more of the name")
     raise FileNotFoundError(
-        f"notebook {text}: no file nbs/{name}.ipynb; there are {', '.join(known)}{suggestion(name, known)}"
+        f"notebook {text}: no file nbs/{name}.ipynb; 'ls nbs' lists those there are{suggestion(name, known)}"
     )
 
 # %% ../nbs/00_profiles.ipynb #71af72a1

@@ -91,7 +91,7 @@ def opened(tmp_path, monkeypatch, **files):
 def test_a_run_reads_what_it_declares(tmp_path, monkeypatch):
     run = opened(tmp_path, monkeypatch, reads=["cohorts/*.csv"], writes=[])
     with pytest.raises(ValueError, match="^tables/a.csv: `reads` of the cell tagged 'files' of notebook 33_text_encoder_results does not name it$"): run.need("tables/a.csv")
-    with pytest.raises(FileNotFoundError, match="^outputs/demo/cohorts/sources.json is missing; notebook 21_datasets makes it: cxr_nb run 21_datasets --profile demo$"):
+    with pytest.raises(FileNotFoundError, match="^outputs/demo/cohorts/sources.json is missing; notebook 21_datasets makes it: cxr_nb run 21_datasets --profile demo, or make report PROFILE=demo for all$"):
         opened(tmp_path, monkeypatch).need("cohorts/sources.json")
     with pytest.raises(FileNotFoundError, match="^outputs/demo/cohorts/x.csv is missing; no notebook of profile 'demo' makes it$"): run.need("cohorts/x.csv")
 

@@ -10,6 +10,7 @@ from browser import Browser, in_chromium
 from conftest import ROOT
 
 from cxr_nb import profiles
+from cxr_nb.check import model_need
 from cxr_nb.evaluation import evaluate_parser
 
 README = (ROOT / "README.md").read_text()
@@ -86,3 +87,18 @@ def test_profiles_that_are_shown_can_be_read(tmp_path, copy_project, monkeypatch
 def test_code_that_is_shown_is_code():
     for kind, block in BLOCKS:
         if kind == "python": compile(block, "example", "exec")
+
+
+def test_the_example_of_the_readme_gives_what_it_says():
+    [example] = re.findall(r"```python\n(.*?)```", README, flags=re.S)
+    *lines, last = example.strip().split("\n")
+    exec("\n".join(lines), names := {})
+    value, said = last.split("  # ")
+    assert eval(value, names) == json.loads(said)
+
+
+def test_the_first_hour_fetches_what_the_check_asks_for(monkeypatch):
+    monkeypatch.setattr("cxr_nb.check.cached_snapshot", lambda location, revision: None)
+    need = model_need("Stable Diffusion", profiles.resolve_parameters("22_stable_diffusion", "public")["stable_diffusion"])
+    assert f"```sh\n{need.todo}\n```" in PROSE["first_hour"]
+    assert not re.search(r"(?<!\.venv/bin/)\bhf (download|auth)", "".join(TYPED))

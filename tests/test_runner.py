@@ -133,10 +133,10 @@ def test_unknown_profile_names_those_there_are(project, monkeypatch):
 
 @pytest.mark.parametrize("arguments, message", [
     (["99_smal", "--profile", "tiny", "-p", "k", "1", "-p", "kk", "1"], "unknown parameter 'kk'; it takes profile, k, rate, names; did you mean 'k'?"),
-    (["99_smlal", "--profile", "tiny"], "notebook 99_smlal: no file nbs/99_smlal.ipynb; there are 00_commits, "),
+    (["99_smlal", "--profile", "tiny"], "notebook 99_smlal: no file nbs/99_smlal.ipynb; 'ls nbs' lists those there are; did you mean"),
     (["99_smlal", "--profile", "tiny"], "; did you mean '99_small'?"),
     (["0", "--profile", "tiny"], "there are 00_commits and 00_core and "),
-    (["", "--profile", "tiny"], "notebook : no file"),
+    (["", "--profile", "tiny"], "notebook : no file nbs/.ipynb; 'ls nbs' lists those there are"),
     (["01_metrics", "--profile", "tiny"], "notebook 01_metrics: the profile has no section 01_metrics; it has 03_phantoms, "),
     (["99", "--profile", "tiny", "-p", "k=5"], "-p k=5: write a name and a value, -p k 5"),
     (["99", "--profile", "tiny", "--parameter", "names=[a b]"], "-p names=[a b]: write a name and a value, -p names '[a b]'"),
@@ -257,7 +257,7 @@ def test_plain_papermill_gets_the_names_there_are_for_a_wrong_one(project, run_i
 def test_missing_input_names_notebook_and_command(tmp_path, monkeypatch):
     monkeypatch.setenv("CXR_NB_OUTPUTS", str(tmp_path))
     run = core.Run("33_text_encoder_results", {"profile": "demo", "__annotations__": {"profile": str}})
-    with pytest.raises(FileNotFoundError, match="^outputs/demo/cohorts/sources.json is missing; notebook 21_datasets makes it: cxr_nb run 21_datasets --profile demo$"):
+    with pytest.raises(FileNotFoundError, match="^outputs/demo/cohorts/sources.json is missing; notebook 21_datasets makes it: cxr_nb run 21_datasets --profile demo, or make report PROFILE=demo for all$"):
         run.need("cohorts/sources.json")
 
 
