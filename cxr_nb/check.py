@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['UNET_TRAINING_GB', 'known_needs', 'Need', 'models_of', 'model_need', 'data_needs', 'folder_needs', 'optional_lines',
-           'needs_of', 'waiting_for', 'peak_of', 'gpu_seen', 'time_lines', 'disk_line', 'check', 'check_or_exit']
+           'needs_of', 'waiting_for', 'gpu_of', 'gpu_seen', 'time_lines', 'disk_line', 'check', 'check_or_exit']
 
 # %% ../nbs/H_check.ipynb #228524c3
 import shutil
@@ -182,13 +182,13 @@ def waiting_for(
     return waiting
 
 # %% ../nbs/H_check.ipynb #87b0cc67
-def peak_of(
+def gpu_of(
     name: str,  # of a GPU, as its driver or the paper has it
-) -> float | None:  # 10^12 operations a second; None: not known
-    "A GPU's peak of single-precision matrix products."
-    peaks = known_needs()["gpus"]
+) -> dict | None:  # tflops, 10^12 operations a second, and gb_s; None: not known
+    "A GPU's peaks of single-precision matrix products and of memory, as its maker states them."
+    known = known_needs()["gpus"]
     words = f" {name.replace('-', ' ')} "
-    return next((peaks[gpu]["tflops"] for gpu in sorted(peaks, key=len, reverse=True) if f" {gpu} " in words), None)
+    return next((known[gpu] for gpu in sorted(known, key=len, reverse=True) if f" {gpu} " in words), None)
 
 # %% ../nbs/H_check.ipynb #3abb641e
 # weights, gradients and two moments of AdamW, four bytes each, for the 859.5 million parameters of Stable Diffusion v1
@@ -217,8 +217,8 @@ def time_lines(
     if not gpu: return [*lines, "no GPU is seen here: full-size trainings are not for a CPU"]
     lines.append(f"{gpu}: {memory_gb:.0f} GB; training the whole U-Net holds {UNET_TRAINING_GB:.0f} GB before "
                  "activations (computed)")
-    if (peak := peak_of(gpu)) is None: return [*lines, f"{gpu}: its speed is not known here, so no time is computed"]
-    hours = sum(row.hours * peak_of(row.device) / peak for row in rows)
+    if (peaks := gpu_of(gpu)) is None: return [*lines, f"{gpu}: its speed is not known here, so no time is computed"]
+    hours = sum(row.hours * gpu_of(row.device)["tflops"] / peaks["tflops"] for row in rows)
     cost = "" if price is None else f", {hours * price:.2f} at {price:g} an hour"
     lines.append(f"{gpu}: about {hours:.1f} h of training{cost}, computed from peak speeds and not measured; sampling "
                  "and measuring come on top")
