@@ -14,6 +14,8 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
+from .commits import texts_in
+
 # %% ../nbs/01_commit_check.ipynb #3c3b3756
 _OF_DEMO = ("tables", "figures", "records", "notebooks", "report.html")
 
@@ -43,13 +45,6 @@ def _is_text(content):
     try: return "\0" not in content.decode("utf-8")
     except UnicodeDecodeError: return False
 
-# %% ../nbs/01_commit_check.ipynb #ac1e94f0
-def _strings(value):
-    "All texts in a JSON value."
-    if isinstance(value, str): return [value]
-    if isinstance(value, dict): value = [*value.values()]
-    return [text for one in value for text in _strings(one)] if isinstance(value, list) else []
-
 # %% ../nbs/01_commit_check.ipynb #60d3b4d3
 def _prose(path, content):
     "What is searched of a text: nothing of code, and of a notebook its prose and its outputs."
@@ -57,7 +52,7 @@ def _prose(path, content):
     if path.suffix != ".ipynb": return content
     cells = json.loads(content)["cells"]
     shown = [v for cell in cells for k, v in cell.items() if k != "source" or cell.get("cell_type") != "code"]
-    return "\n".join("".join(_strings(one)) for one in shown).encode(errors="surrogatepass")
+    return "\n".join("".join(texts_in(one)) for one in shown).encode(errors="surrogatepass")
 
 # %% ../nbs/01_commit_check.ipynb #6993f97b
 def _by_kind(path, content):
