@@ -1,11 +1,9 @@
 "Loading and sampling, on a small pipeline of random weights, against diffusers' own pipeline and a loop written out."
 import json
 import multiprocessing
-import os
 import pickle
 import re
 import shutil
-import socket
 
 import diffusers
 import nbformat
@@ -13,6 +11,7 @@ import pipelines
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from groups import join_group, run_two
 from safetensors.torch import load_file, save_file
 
 from cxr_nb import checkpoints, places
@@ -44,8 +43,7 @@ def embedded_texts():
 
 def in_group(rank, port, folder, out):
     "What one of two processes does that a launcher started on CPUs."
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    os.environ |= {"ACCELERATE_USE_CPU": "true", "LOCAL_WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    join_group(rank, port)
     pipeline, drawn = load_pipeline(str(folder)), []
     whole = pipeline.unet.forward
     def counted(*args, **kwargs): drawn.append(len(args[0])); return whole(*args, **kwargs)
@@ -57,11 +55,7 @@ def in_group(rank, port, folder, out):
 
 
 def test_two_processes_share_the_drawing_and_the_texts_and_both_get_all(folder, tmp_path):
-    with socket.socket() as free: free.bind(("127.0.0.1", 0)); port = free.getsockname()[1]
-    group = [multiprocessing.get_context("spawn").Process(target=in_group, args=(rank, port, folder, tmp_path)) for rank in (0, 1)]
-    for process in group: process.start()
-    for process in group: process.join(120)
-    assert [process.exitcode for process in group] == [0, 0]
+    run_two(multiprocessing.get_context("spawn"), in_group, folder, tmp_path, seconds=120)
     (first, texts, many, error), (second, others, few, same) = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     alone = sample(load_pipeline(str(folder)), "lung", range(5), steps=2, batch_size=2)
     assert torch.equal(first, alone) and torch.equal(second, alone)

@@ -3,7 +3,6 @@ import multiprocessing
 import os
 import random
 import signal
-import socket
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +11,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from groups import join_group, run_two
 from torch import nn
 from torch.nn import functional as F
 
@@ -125,8 +125,7 @@ def noisy_run(folder, accumulation=1, spoiled=-1):
 def in_group(rank, port, folder):
     "What one of two processes does that a launcher started on CPUs."
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    os.environ |= {"ACCELERATE_USE_CPU": "true", "LOCAL_WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    join_group(rank, port)
     weights, log = noisy_run(folder / "two", accumulation=2)
     try: noisy_run(folder / "bad", spoiled=12)
     except FloatingPointError as error: (folder / f"error_{rank}").write_text(str(error))
@@ -134,11 +133,7 @@ def in_group(rank, port, folder):
 
 
 def test_two_processes_give_what_one_gives(server, tmp_path):
-    with socket.socket() as free: free.bind(("127.0.0.1", 0)); port = free.getsockname()[1]
-    group = [server.Process(target=in_group, args=(rank, port, tmp_path)) for rank in (0, 1)]
-    for process in group: process.start()
-    for process in group: process.join(60)
-    assert [process.exitcode for process in group] == [0, 0]
+    run_two(server, in_group, tmp_path)
     (first, losses), (second, others) = (torch.load(tmp_path / f"rank_{rank}.pt") for rank in (0, 1))
     assert losses == others
     same(first, second)
