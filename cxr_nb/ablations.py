@@ -159,7 +159,7 @@ def spread_sentences(
 
 # %% ../nbs/E_ablations.ipynb #38285b76
 def scores_by_k(
-    similarities: dict[str, Callable],  # encoder -> (start, stop) -> (stop - start, n) similarities
+    similarities: dict[str, Callable],  # encoder -> (rows, columns) -> their similarities
     labels: Sequence[str],  # (n,) one class per report
     units: np.ndarray,  # (n,) the patient of each report
     ks: Sequence[int],  # neighbours

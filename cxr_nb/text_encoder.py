@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from .caches import in_shares
@@ -266,23 +267,43 @@ def embed(
     _check_embeddings(embeddings, encoder.source.name)
     return embeddings, cut
 
+# %% ../nbs/24_text_encoder.ipynb #e004dde2
+def _largest(similarities, k, width=64):
+    "The k largest of each row and their columns, as `torch.topk` finds them, in less time where rows are long."
+    rows, columns = similarities.shape
+    if columns <= k * width: return similarities.topk(min(k, columns))
+    parts = F.pad(similarities, (0, -columns % width), value=-torch.inf) if columns % width else similarities
+    parts = parts.view(rows, -1, width)
+    best = parts.amax(2).topk(k).indices
+    values, at = parts.gather(1, best[:, :, None].expand(-1, -1, width)).flatten(1).topk(k)
+    return values, best.gather(1, at // width) * width + at % width
+
+# %% ../nbs/24_text_encoder.ipynb #a70242ba
+def _nearest(similarity, n, k, tile, progress):
+    "Similarities and numbers of the k reports most similar to each of n, itself left out, the most similar first."
+    device = similarity(slice(0, 1), slice(0, 1)).device
+    values, nearest = torch.full((n, k), -torch.inf, device=device), torch.zeros(n, k, dtype=torch.long, device=device)
+    def take(rows, similarities, first):
+        found, at = _largest(similarities, k)
+        values[rows], order = torch.cat([values[rows], found], 1).topk(k)
+        nearest[rows] = torch.cat([nearest[rows], at + first], 1).gather(1, order)
+    pairs = [(i, j) for i in range(0, n, tile) for j in range(i, n, tile)]
+    for i, j in tqdm(pairs, "nearest reports", disable=not progress):
+        similarities = similarity(slice(i, i + tile), slice(j, j + tile))
+        if i == j: similarities.fill_diagonal_(-torch.inf)
+        else: take(slice(j, j + tile), similarities.T.contiguous(), i)
+        take(slice(i, i + tile), similarities, j)
+    return values, nearest
+
 # %% ../nbs/24_text_encoder.ipynb #5aaa34c4
-def _block_scores(similarities, labels, block_labels, k, tolerance):
-    "Scores of one block: (b, n) similarities with -inf for the report itself, (n,) labels, (b,) labels of the block."
-    values, nearest = similarities.topk(k + 1)
-    kth, match = values[:, k - 1], labels[nearest[:, :k]] == block_labels[:, None]
-    slack = tolerance * values[:, [0, k - 1]].abs().amax(1)
-    scores = match.double().mean(1)
-    tied_rows = (values[:, k] >= kth - slack).nonzero()[:, 0]
-    if len(tied_rows):
-        # what is strictly nearer is among the k nearest; only the tied are spread over the whole row
-        above = (values[:, :k] > (kth + slack)[:, None])[tied_rows]
-        hits, above = (above & match[tied_rows]).sum(1), above.sum(1)
-        reach = similarities[tied_rows] >= (kth - slack)[tied_rows, None]
-        same = (reach & (labels == block_labels[tied_rows, None])).sum(1) - hits
-        share = same / (reach.sum(1) - above).double()
-        scores[tied_rows] = (hits + (k - above) * share) / k
-    return scores
+def _tied_scores(similarities, same, values, match, slack):
+    "Scores by expectation: (b, n) similarities, whether labels are the same; (b, k) the nearest's; (b,) rounding."
+    k, kth = values.shape[1], values[:, -1]
+    above = values > (kth + slack)[:, None]
+    hits, above = (above & match).sum(1), above.sum(1)
+    reach = similarities >= (kth - slack)[:, None]
+    share = ((reach & same).sum(1) - hits) / (reach.sum(1) - above).double()
+    return (hits + (k - above) * share) / k
 
 # %% ../nbs/24_text_encoder.ipynb #46eadb90
 def _check_retrieval(labels, k):
@@ -300,40 +321,43 @@ def _check_retrieval(labels, k):
 
 # %% ../nbs/24_text_encoder.ipynb #010e7d2c
 def retrieval_scores(
-    rows: Callable[[int, int], torch.Tensor],  # (start, stop) -> (stop - start, n) similarities, a tensor of its own
+    similarity: Callable[[slice | np.ndarray, slice], torch.Tensor],  # rows, columns -> similarities, a new tensor
     labels: list,  # (n,) one class per report
     k: int = 10,  # neighbours, below n
     tolerance: float = 1e-5,  # similarities this close, relative to the largest, are equal
-    block_elements: int = 2**26,  # similarities held at a time
+    tile: int = 4096,  # at most its square of similarities is held at a time, twice
     progress: bool = False,  # show a bar
 ) -> np.ndarray:  # (n,) scores, 0 to 100
-    "CheXpert@k of each report from any similarity (§2.4); raises ValueError for what cannot be scored."
-    codes = _check_retrieval(labels, k)
-    n, scores = len(codes), []
-    block = max(1, block_elements // n)
-    for start in tqdm(range(0, n, block), desc=f"CheXpert@{k}", disable=not progress):
-        similarities = rows(start, min(start + block, n))
-        similarities.diagonal(start).fill_(-torch.inf)  # a report does not retrieve itself
-        codes = codes.to(similarities.device)
-        scores.append(_block_scores(similarities, codes, codes[start : start + block], k, tolerance).cpu())
-    return 100 * torch.cat(scores).numpy()
+    "CheXpert@k of each report from any symmetric similarity (§2.4); raises ValueError for what cannot be scored."
+    codes, n = _check_retrieval(labels, k), len(labels)
+    values, nearest = _nearest(similarity, n, k + 1, tile, progress)
+    codes = codes.to(values.device)
+    values, match, next_one = values[:, :k], codes[nearest[:, :k]] == codes[:, None], values[:, k]
+    slack = tolerance * values[:, [0, -1]].abs().amax(1)
+    scores, tied = match.double().mean(1), (next_one >= values[:, -1] - slack).nonzero()[:, 0]
+    for rows in tqdm(tied.split(max(1, tile**2 // n)), f"ties of CheXpert@{k}", disable=not progress):
+        similarities = similarity(rows.cpu().numpy(), slice(None))
+        similarities[torch.arange(len(rows)), rows] = -torch.inf  # a report does not retrieve itself
+        same = codes == codes[rows, None]
+        scores[rows] = _tied_scores(similarities, same, values[rows], match[rows], slack[rows])
+    return 100 * scores.cpu().numpy()
 
 # %% ../nbs/24_text_encoder.ipynb #1f23f6d8
 def dot_product(
     embeddings: torch.Tensor,  # (n, width)
-) -> Callable[[int, int], torch.Tensor]:
-    "Rows of the paper's similarity, embeddings times their transpose; raises ValueError where a value is not finite."
+) -> Callable[[slice, slice], torch.Tensor]:
+    "The paper's similarity of rows and columns, embeddings times their transpose; raises ValueError where a value is not finite."
     embeddings = torch.as_tensor(embeddings, dtype=torch.float32)
     bad = (~embeddings.isfinite().all(1)).nonzero()
     if len(bad): raise ValueError(f"embedding {bad[0].item()} is not finite ({len(bad)} of {len(embeddings)} are not)")
-    return lambda start, stop: embeddings[start:stop] @ embeddings.T
+    return lambda rows, columns: embeddings[rows] @ embeddings[columns].T
 
 # %% ../nbs/24_text_encoder.ipynb #f5987bbf
 def cosine(
     embeddings: torch.Tensor,  # (n, width)
-) -> Callable[[int, int], torch.Tensor]:
-    "Rows of cosine similarity: the dot product of embeddings of length one."
-    return dot_product(torch.nn.functional.normalize(torch.as_tensor(embeddings, dtype=torch.float32), dim=1))
+) -> Callable[[slice, slice], torch.Tensor]:
+    "Cosine similarity of rows and columns: the dot product of embeddings of length one."
+    return dot_product(F.normalize(torch.as_tensor(embeddings, dtype=torch.float32), dim=1))
 
 # %% ../nbs/24_text_encoder.ipynb #31ad84a3
 SIMILARITIES = {"dot_product": dot_product, "cosine": cosine}
@@ -379,15 +403,15 @@ def bags_of_words(
 # %% ../nbs/24_text_encoder.ipynb #71951731
 def intersection_over_union(
     bags: list[np.ndarray],  # numbers of the words of each text
-) -> Callable[[int, int], torch.Tensor]:
-    "Rows of the baseline's similarity: shared words over all words of two texts (§2.4)."
+) -> Callable[[slice, slice], torch.Tensor]:
+    "The baseline's similarity of rows and columns: shared words over all words of two texts (§2.4)."
     from scipy.sparse import csr_matrix
     sizes = np.array([len(bag) for bag in bags])
     has = csr_matrix((np.ones(sizes.sum(), np.float32), np.concatenate(bags), np.r_[0, sizes.cumsum()]))
-    def rows(start, stop):
-        shared = (has[start:stop] @ has.T).toarray()
-        return torch.from_numpy(shared / (sizes[start:stop, None] + sizes - shared)).float()
-    return rows
+    def similarity(rows, columns):
+        shared = (has[rows] @ has[columns].T).toarray()
+        return torch.from_numpy(shared / (sizes[rows][:, None] + sizes[columns] - shared)).float()
+    return similarity
 
 # %% ../nbs/24_text_encoder.ipynb #4572d002
 def fit_tfidf_svd(
