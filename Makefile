@@ -59,7 +59,7 @@ miniature: $(READY)  ## train the parts that cxr_nb/miniature lacks, and measure
 benchmarks: $(READY)  ## measure the speed ratios (D_benchmarks), outside the report's budget
 	$(RUN) --target benchmarks
 
-growth: $(READY)  ## how time and memory of an evaluation grow with its images (D_growth), outside the report's budget
+growth: $(READY)  ## how time and memory grow with images, reports and captions (D_growth), outside the report's budget
 	$(RUN) --target growth
 
 ablations: $(READY)  ## train and sample the U-Net in other ways (E_ablations), outside the report's budget
