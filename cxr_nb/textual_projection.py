@@ -317,18 +317,16 @@ def held_out_errors(
     cut: bool = False,
     batch_size: int = 32,  # texts at a time
 ) -> pd.DataFrame:  # a row per text: mse, variance (of its target around the mean target), cosine
-    "How far projected states are from CLIP's; raises what `in_domain_states` raises."
-    projected, targets = [], []
-    for start in range(0, len(texts), batch_size):
-        some = texts[start : start + batch_size]
-        states = in_domain_states(encoder, clip, variant, some, cut)
-        with torch.no_grad(): projected.append((states if model is None else model(states)).cpu())
-        targets.append(clip_states(clip, variant.level, some, cut).cpu())
-    x, y = torch.cat(projected), torch.cat(targets)
-    return pd.DataFrame({
-        "mse": (x - y).square().mean((1, 2)), "variance": (y - y.mean(0)).square().mean((1, 2)),
-        "cosine": F.cosine_similarity(x, y, -1).mean(1),
-    }).astype(float)
+    "How far projected states are from CLIP's, in memory for a batch; raises what `in_domain_states` raises."
+    batches, rows = [texts[i : i + batch_size] for i in range(0, len(texts), batch_size)], []
+    def targets(batch): return clip_states(clip, variant.level, batch, cut)
+    mean = sum(targets(batch).sum(0).cpu().double() for batch in tqdm(batches, "mean", leave=False)) / len(texts)
+    for batch in tqdm(batches, "errors", leave=False):
+        x, y = in_domain_states(encoder, clip, variant, batch, cut), targets(batch)
+        with torch.no_grad(): x = x if model is None else model(x)
+        far = (x - y).square(), (y - mean.float().to(y.device)).square(), F.cosine_similarity(x, y, -1)[..., None]
+        rows.append(torch.stack([values.mean((1, 2)) for values in far], 1).cpu())
+    return pd.DataFrame(torch.cat(rows).double().numpy(), columns=["mse", "variance", "cosine"])
 
 # %% ../nbs/25_textual_projection.ipynb #ded26dc8
 def projection_scores(
