@@ -35,7 +35,7 @@ def rests_on(
     return [name for name in made.ancestors(f"tables/{FILES.get(table, table)}.csv") if name not in DATA]
 
 # %% ../nbs/40_discussion.ipynb #bf4b6be2
-PAPER_DATA = {"MIMIC-CXR", "CheXpert"}
+PAPER_DATA = {"MIMIC-CXR", "CheXpert", "LAION-400M"}
 MINIATURE, PHANTOMS = "cxr_nb/miniature", "images/phantom"
 
 # %% ../nbs/40_discussion.ipynb #267c927e
