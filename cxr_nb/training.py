@@ -57,6 +57,7 @@ class TrainingSettings:
     weight_decay: float = 0.01
     accumulation: int = 1  # parts in which a process takes its samples of a step
     max_grad_norm: float = 1.0  # longer gradients are cut to this length
+    gradient_checkpointing: bool = False  # a U-Net's activations are computed anew going back: less memory, more time
     mixed_precision: str = "no"  # "no", "fp16", "bf16"
     ema: float = 0.0  # decay of the weights' average at its largest; 0: no average
     seed: int = 0  # of the order of samples, and of all noise
@@ -79,7 +80,7 @@ class TrainingSettings:
             _require(name, getattr(self, name), getattr(self, name) in known, f"one of {', '.join(known)}")
 
 # %% ../nbs/02_training.ipynb #730503ca
-_FREE = "checkpoint_every", "keep", "sample_every", "device"
+_FREE = "gradient_checkpointing", "checkpoint_every", "keep", "sample_every", "device"
 
 # %% ../nbs/02_training.ipynb #694b8fc0
 def settings_record(
@@ -202,6 +203,13 @@ def _trained_weights(model):
             raise ValueError(f"training: {name} is {p.dtype}; load trained weights in float32, and set mixed_precision")
     return trained
 
+# %% ../nbs/02_training.ipynb #d3e25ced
+def _checkpoint_activations(model):
+    "Have the networks of diffusers in a model compute their activations anew; raises ValueError where there is none."
+    parts = [part for part in model.modules() if hasattr(part, "enable_gradient_checkpointing")]
+    if not parts: raise ValueError("training: gradient_checkpointing is for a U-Net, and there is none; set it to false")
+    for part in parts: part.enable_gradient_checkpointing()
+
 # %% ../nbs/02_training.ipynb #1e6876a1
 def _begin(model, loss, data, settings):
     "The state before the first step; raises ValueError and TypeError for what cannot be trained."
@@ -209,6 +217,7 @@ def _begin(model, loss, data, settings):
     if not isinstance(data[0], dict): raise TypeError(f"training: a sample is a dict, not {type(data[0]).__name__}")
     trained, accelerator = _trained_weights(model), _accelerator(settings)
     _share(settings, accelerator.num_processes)
+    if settings.gradient_checkpointing: _checkpoint_activations(model)
     rate, decay = settings.learning_rate, settings.weight_decay
     optimizer = torch.optim.AdamW(trained.values(), lr=rate, weight_decay=decay, fused=True)
     objective, optimizer = accelerator.prepare(_Objective(model, loss), optimizer)
