@@ -25,13 +25,14 @@ help:  ## list the targets
 env: $(READY)  ## make the environment from the lock (done by itself where needed)
 
 # uv takes a tenth of pip's time; it comes from the lock as well, and reads the index that pip was told of.
+# Bytecode is made once: where Python is told to write none, as in many containers, each process would compile anew.
 $(READY): requirements.lock settings.ini setup.py
 	@test -n "$(PYTHON)" || { echo "make: no Python 3.11, 3.12 or 3.13 found; name one: make $(MAKECMDGOALS) PYTHON=/path/to/python3.12" >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	sed -n '/^uv==/,/[^\\]$$/p' requirements.lock > $(VENV)/uv.lock
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --no-deps -r $(VENV)/uv.lock
 	UV_DEFAULT_INDEX="$${UV_DEFAULT_INDEX:-$${PIP_INDEX_URL:-$$($(BIN)/python -m pip config get global.index-url 2>/dev/null || echo https://pypi.org/simple)}}" \
-		$(BIN)/uv pip sync --quiet --python $(BIN)/python --require-hashes requirements.lock
+		$(BIN)/uv pip sync --quiet --compile-bytecode --python $(BIN)/python --require-hashes requirements.lock
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --offline --editable .
 	touch $@
 
