@@ -14,8 +14,6 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from scipy.spatial.distance import cdist
-from scipy.stats import rankdata
 from tqdm.auto import tqdm
 
 from .intervals import alike_interval
@@ -186,6 +184,7 @@ def nearest_training(
     training: np.ndarray,  # (m, d) features of the training images
 ) -> tuple[np.ndarray, np.ndarray]:  # (n,) Euclidean distance, (n,) index of the nearest
     "The nearest training image of each image."
+    from scipy.spatial.distance import cdist
     apart = cdist(images, training)
     return apart.min(1), apart.argmin(1)
 
@@ -213,6 +212,7 @@ def rank_agreement(
     seed: int = 0,  # of the draws
 ) -> dict:  # spearman and p, NaN for fewer than 3 or all alike; n
     "Whether two lists are in the same order; pairs with a missing value are left out."
+    from scipy.stats import rankdata
     pairs = np.column_stack([published, measured]).astype(float)
     a, b = (rankdata(x) - (x.size + 1) / 2 for x in pairs[~np.isnan(pairs).any(1)].T)
     if len(a) < 3 or not (a.any() and b.any()): return {"spearman": np.nan, "p": np.nan, "n": len(a)}

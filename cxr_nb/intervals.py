@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import pandas as pd
-from scipy.stats import beta, t
+from scipy.special import betaincinv, stdtrit
 
 from .metrics import SCORES, labelled_scores, weighted_scores
 
@@ -93,8 +93,8 @@ def share_interval(
     "Clopper and Pearson's interval of a share."
     if not n: return np.nan, np.nan
     tail = (1 - level) / 2
-    low = beta.ppf(tail, count, n - count + 1) if count else 0.0
-    return float(low), float(beta.ppf(1 - tail, count + 1, n - count) if count < n else 1.0)
+    low = betaincinv(count, n - count + 1, tail) if count else 0.0
+    return float(low), float(betaincinv(count + 1, n - count, 1 - tail) if count < n else 1.0)
 
 # %% ../nbs/02_intervals.ipynb #0b9af97f
 def group_means(
@@ -249,7 +249,7 @@ def jackknife(
         keep = [[i[block != b] if at == side else i for at, i in enumerate(everything)] for b in np.unique(block)]
         left = np.array([statistic(*kept) for kept in keep], float)
         variance, fewest = variance + (len(left) - 1) * left.var(0), min(fewest, len(left))
-    reach = t.ppf((1 + level) / 2, fewest - 1) * np.sqrt(variance)
+    reach = stdtrit(fewest - 1, (1 + level) / 2) * np.sqrt(variance)
     reach = np.where(reach > 1e-12, reach, np.nan)
     return np.stack([value, value - reach, value + reach])
 
@@ -266,7 +266,7 @@ def over_trainings(
     x, n = runs.measured.to_numpy(float), len(runs)
     if n < 2: raise ValueError(f"{n} training: how far trainings differ takes two, better more; add seeds")
     sd, mean = x.std(ddof=1), x.mean()
-    reach, single = t.ppf((1 + level) / 2, n - 1) * sd / n**0.5, runs[["ci_low", "ci_high"]].to_numpy(float).mean(0)
+    reach, single = stdtrit(n - 1, (1 + level) / 2) * sd / n**0.5, runs[["ci_low", "ci_high"]].to_numpy(float).mean(0)
     low, high = np.fmin(mean - reach, single[0]), np.fmax(mean + reach, single[1])
     if not sd and np.isnan(single).any(): low = high = np.nan  # nothing says how far the next would be
     within = float(np.sqrt(np.mean(((runs.ci_high - runs.ci_low).to_numpy(float) / (2 * 1.959964)) ** 2)))

@@ -8,9 +8,6 @@ __all__ = ['REPEATS', 'UTILITY', 'trained_scores', 'split_by_patient', 'learned_
 # %% ../nbs/31_utility.ipynb #4554ad1c
 import numpy as np
 import pandas as pd
-from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 
 from .image_scan import Scan
 from .intervals import score_intervals
@@ -24,6 +21,9 @@ def trained_scores(
     tested: np.ndarray,  # (m, d) features of others
 ) -> np.ndarray:  # (m,) probabilities
     "What a classifier that has learned from some images says of others."
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
     model = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, class_weight="balanced", max_iter=1000))
     return model.fit(x, y).predict_proba(tested)[:, 1]
 
