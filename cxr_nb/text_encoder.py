@@ -14,6 +14,7 @@ import unicodedata
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 
 import numpy as np
@@ -296,21 +297,23 @@ def _nearest(similarity, n, k, tile, progress):
     return values, nearest
 
 # %% ../nbs/24_text_encoder.ipynb #5aaa34c4
-def _tied_scores(similarities, same, values, match, slack):
-    "Scores by expectation: (b, n) similarities, whether labels are the same; (b, k) the nearest's; (b,) rounding."
-    k, kth = values.shape[1], values[:, -1]
-    above = values > (kth + slack)[:, None]
-    hits, above = (above & match).sum(1), above.sum(1)
-    reach = similarities >= (kth - slack)[:, None]
-    share = ((reach & same).sum(1) - hits) / (reach.sum(1) - above).double()
-    return (hits + (k - above) * share) / k
+def _tied_scores(similarities, same, k, tolerance):
+    "Scores by expectation: (b, n) similarities with -inf for the report itself, whether labels are the same."
+    values = _largest(similarities, k)[0]
+    kth, slack = values[:, -1], tolerance * values[:, [0, -1]].abs().amax(1)
+    above, reach = similarities > (kth + slack)[:, None], similarities >= (kth - slack)[:, None]
+    hits, nearer = (above & same).sum(1), above.sum(1)
+    share = ((reach & same).sum(1) - hits) / (reach.sum(1) - nearer).double()
+    return (hits + (k - nearer) * share) / k
 
 # %% ../nbs/24_text_encoder.ipynb #46eadb90
 def _check_retrieval(labels, k):
     "Labels as codes; raises ValueError for a k, label or class that cannot be scored."
     labels = pd.Series(labels).reset_index(drop=True)
-    n, counts = len(labels), labels.value_counts()
+    n, counts = len(labels), labels.astype(object).value_counts()
     if labels.isna().any(): raise ValueError(f"CheXpert@{k}: report {labels.isna().idxmax()} has no label")
+    if n < 2: raise ValueError(f"CheXpert@{k}: there are {n} reports; it takes two or more")
+    if not isinstance(k, Integral): raise ValueError(f"CheXpert@k: k is {k!r}; it is a whole number")
     if not 1 <= k < n:
         raise ValueError(
             f"CheXpert@{k}: k must lie between 1 and {n - 1}, for there are {n} reports and none retrieves itself"
@@ -332,22 +335,31 @@ def retrieval_scores(
     codes, n = _check_retrieval(labels, k), len(labels)
     values, nearest = _nearest(similarity, n, k + 1, tile, progress)
     codes = codes.to(values.device)
-    values, match, next_one = values[:, :k], codes[nearest[:, :k]] == codes[:, None], values[:, k]
-    slack = tolerance * values[:, [0, -1]].abs().amax(1)
-    scores, tied = match.double().mean(1), (next_one >= values[:, -1] - slack).nonzero()[:, 0]
-    for rows in tqdm(tied.split(max(1, tile**2 // n)), f"ties of CheXpert@{k}", disable=not progress):
+    wrong = (~values[:, :k].isfinite().all(1)).nonzero()
+    if len(wrong): raise ValueError(f"CheXpert@{k}: a similarity of report {wrong[0].item()} is not finite; scale them")
+    slack = tolerance * values[:, [0, k - 1]].abs().amax(1)
+    scores = (codes[nearest[:, :k]] == codes[:, None]).double().mean(1)
+    tied = (values[:, k] >= values[:, k - 1] - slack).nonzero()[:, 0]
+    parts = tied.split(max(1, tile**2 // n)) if len(tied) else []
+    for rows in tqdm(parts, f"ties of CheXpert@{k}", disable=not progress):
         similarities = similarity(rows.cpu().numpy(), slice(None))
         similarities[torch.arange(len(rows)), rows] = -torch.inf  # a report does not retrieve itself
-        same = codes == codes[rows, None]
-        scores[rows] = _tied_scores(similarities, same, values[rows], match[rows], slack[rows])
+        scores[rows] = _tied_scores(similarities, codes == codes[rows, None], k, tolerance)
     return 100 * scores.cpu().numpy()
+
+# %% ../nbs/24_text_encoder.ipynb #04518c03
+def _as_rows(embeddings):
+    "Embeddings as (n, width) in float32; raises ValueError for another shape."
+    if not torch.is_tensor(embeddings): embeddings = torch.from_numpy(np.array(embeddings, dtype=np.float32))
+    if embeddings.ndim != 2: raise ValueError(f"embeddings have the shape {tuple(embeddings.shape)}; it is (n, width)")
+    return embeddings.detach().float()
 
 # %% ../nbs/24_text_encoder.ipynb #1f23f6d8
 def dot_product(
     embeddings: torch.Tensor,  # (n, width)
 ) -> Callable[[slice, slice], torch.Tensor]:
     "The paper's similarity of rows and columns, embeddings times their transpose; raises ValueError where a value is not finite."
-    embeddings = torch.as_tensor(embeddings, dtype=torch.float32)
+    embeddings = _as_rows(embeddings)
     bad = (~embeddings.isfinite().all(1)).nonzero()
     if len(bad): raise ValueError(f"embedding {bad[0].item()} is not finite ({len(bad)} of {len(embeddings)} are not)")
     return lambda rows, columns: embeddings[rows] @ embeddings[columns].T
@@ -357,7 +369,7 @@ def cosine(
     embeddings: torch.Tensor,  # (n, width)
 ) -> Callable[[slice, slice], torch.Tensor]:
     "Cosine similarity of rows and columns: the dot product of embeddings of length one."
-    return dot_product(F.normalize(torch.as_tensor(embeddings, dtype=torch.float32), dim=1))
+    return dot_product(F.normalize(_as_rows(embeddings), dim=1))
 
 # %% ../nbs/24_text_encoder.ipynb #31ad84a3
 SIMILARITIES = {"dot_product": dot_product, "cosine": cosine}

@@ -1,5 +1,6 @@
 "CheXpert@k against naive implementations, with and without ties."
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -56,6 +57,38 @@ def test_tiles_do_not_matter(tile):
     np.testing.assert_allclose(scores, retrieval_scores(dot_product(embeddings), labels, 5))
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_similarities_that_cancel_give_scores_all_the_same(seed):
+    "A report at a right angle to all others: its similarities are rounding, which differs between products of other shapes."
+    rng = np.random.default_rng(seed)
+    rotation, _ = np.linalg.qr(rng.normal(size=(64, 64)))
+    embeddings = np.zeros((300, 64))
+    embeddings[1:, 1:] = rng.normal(size=(50, 63))[rng.integers(0, 50, 299)]
+    embeddings[0, 0] = 100
+    embeddings[-1] = -embeddings[0]
+    labels = np.arange(300) % 3
+    for tile in (16, 37, 4096):
+        scores = retrieval_scores(dot_product((embeddings @ rotation).astype(np.float32)), labels, 10, tile=tile)
+        assert ((0 <= scores) & (scores <= 100)).all(), scores[~((0 <= scores) & (scores <= 100))]
+
+
+def test_labels_may_be_categories_and_embeddings_any_array():
+    rng = np.random.default_rng(0)
+    embeddings, labels = rng.normal(size=(60, 5)).astype(np.float32), rng.integers(3, size=60)
+    expected = chexpert_at_k(torch.from_numpy(embeddings), labels)
+    np.testing.assert_array_equal(chexpert_at_k(embeddings, pd.Categorical(labels, categories=range(9))), expected)
+    np.testing.assert_array_equal(chexpert_at_k(embeddings[::-1], labels[::-1])[::-1], expected)
+    np.testing.assert_array_equal(chexpert_at_k(embeddings.tolist(), list(labels)), expected)
+
+
+@pytest.mark.parametrize("embeddings, k, message", [
+    (np.ones(6), 1, r"embeddings have the shape \(6,\); it is \(n, width\)"), (np.ones((6, 2, 2)), 1, "have the shape"),
+    (np.eye(6), 2.5, "k is 2.5; it is a whole number"), (1e30 * np.ones((6, 2)), 1, "a similarity of report 0 is not finite"),
+])
+def test_embeddings_that_cannot_be_compared_are_refused(embeddings, k, message):
+    with pytest.raises(ValueError, match=message): chexpert_at_k(embeddings, list("aabbcc"), k)
+
+
 def test_the_mean_over_random_embeddings_is_chance_in_every_class():
     rng = np.random.default_rng(2)
     labels = np.repeat(["a", "b", "c"], [20, 40, 140])
@@ -85,7 +118,7 @@ def test_tfidf_svd_puts_like_reports_together():
 
 @pytest.mark.parametrize("k, labels, message", [
     (0, "aabb", "k must lie between 1 and 3"), (4, "aabb", "k must lie between 1 and 3, for there are 4 reports"),
-    (1, "aaab", "class 'b' has a single report"), (1, [None, "a", "a", "a"], "report 0 has no label"),
+    (1, "aaab", "class 'b' has a single report"), (1, [None, "a", "a", "a"], "report 0 has no label"), (1, "", "there are 0 reports; it takes two or more"),
 ])
 def test_what_cannot_be_scored_is_refused(k, labels, message):
-    with pytest.raises(ValueError, match=message): chexpert_at_k(torch.eye(4), list(labels), k)
+    with pytest.raises(ValueError, match=message): chexpert_at_k(torch.eye(len(labels)), list(labels), k)
