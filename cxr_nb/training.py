@@ -303,7 +303,8 @@ def _advice(state, data, settings):
     size = _largest_fit(state, data, settings, share)
     problem = f"training: out of memory at step {state.step + 1} with {share} samples at a time"
     if not size:
-        return f"{problem}, and one alone does not fit; take smaller images, mixed precision or fewer trained weights"
+        ways = "smaller images, gradient_checkpointing, mixed_precision or fewer trained weights"
+        return f"{problem}, and one alone does not fit; take {ways}"
     return (
         f"{problem}; {size} would fit: set accumulation to {settings.batch_size // (processes * size)} for the same "
         f"batch of {settings.batch_size}, or take batches of {size * settings.accumulation * processes}"
