@@ -17,7 +17,7 @@ export PYTHONHASHSEED := 0
 $(shell test -x $(BIN)/python && test -x $(BIN)/cxr_nb || rm -f $(READY))
 
 .DEFAULT_GOAL := help
-.PHONY: help env report pdf miniature test lab hook benchmarks growth ablations tuning check clear prepare readme lock clean clean-results
+.PHONY: help env report pdf miniature test lab hook benchmarks cost growth ablations tuning check clear prepare readme lock clean clean-results
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -59,6 +59,9 @@ miniature: $(READY)  ## train the parts that cxr_nb/miniature lacks, and measure
 
 benchmarks: $(READY)  ## measure the speed ratios (D_benchmarks), outside the report's budget
 	$(RUN) --target benchmarks
+
+cost: $(READY)  ## what the paper's experiments compute, counted (D_cost): seconds, whatever was run
+	$(RUN) --target cost
 
 growth: $(READY)  ## how time and memory grow with images, reports and captions (D_growth), outside the report's budget
 	$(RUN) --target growth

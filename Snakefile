@@ -1,6 +1,6 @@
 # The graph of notebooks, as their cells tagged `files` declare it (cxr_nb.graph). papermill runs each with its section
 # of a profile; it runs again when the notebook, a module it imports, its section or a file it reads has changed.
-# Called by `make report`, `make benchmarks`, `make growth`, `make ablations` and `make tuning`.
+# Called by `make report`, `make benchmarks`, `make cost`, `make growth`, `make ablations` and `make tuning`.
 import os
 import shutil
 import sys

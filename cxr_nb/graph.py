@@ -182,7 +182,8 @@ def _left_over(parameters, left_out):
 
 # %% ../nbs/00_graph.ipynb #d54488e9
 APART = {  # command -> notebook
-    "benchmarks": "D_benchmarks", "growth": "D_growth", "ablations": "E_ablations", "tuning": "E_tuning",
+    "benchmarks": "D_benchmarks", "cost": "D_cost", "growth": "D_growth", "ablations": "E_ablations",
+    "tuning": "E_tuning",
 }
 
 # %% ../nbs/00_graph.ipynb #74179765

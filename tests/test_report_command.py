@@ -202,12 +202,12 @@ def test_a_notebook_is_a_job_of_a_cluster(project, run_in):
 def test_the_graph_is_submitted_with_what_its_notebooks_ask_for(tmp_path, copy_project, run_in):
     copy = copy_project(tmp_path / "copy")
     cluster = stub_cluster(copy, "{rule} {threads} {resources.mem_mb} {resources.runtime}")
-    others = graph.graph("smoke").notebooks.keys() - graph.APART.values() - {"D_cost"}  # which takes no minutes
+    others = graph.graph("smoke").notebooks.keys() - graph.APART.values() - {"03_phantoms"}  # which rests on no other
     (copy / "nbs/profiles/one.yaml").write_text(f"base: smoke\nwithout: {json.dumps(sorted(others))}\n")
     done = run_in(copy, "cxr_nb", "report", "--profile", "one", *cluster)
     assert done.returncode == 0, done.stderr + (copy / "outputs/one/report.log").read_text()
-    assert (copy / "asked").read_text() == "notebook_D_cost 8 32000 240\n"
-    assert (copy / "outputs/one/tables/cost.csv").exists()
+    assert (copy / "asked").read_text() == "notebook_03_phantoms 8 32000 240\n"
+    assert (copy / "outputs/one/images/phantoms/phantoms.csv").exists()
     # SLURM itself is not here: its settings are read, and nothing is submitted
     options = "--config", "profile=paper.yaml", "--profile", "cluster/slurm", "--executor", "dryrun", "notebook_27_unet_finetuning"
     plan = run_in(copy, "snakemake", "--dry-run", *options)
