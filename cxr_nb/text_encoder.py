@@ -358,7 +358,7 @@ def _as_rows(embeddings):
 def dot_product(
     embeddings: torch.Tensor,  # (n, width)
 ) -> Callable[[slice, slice], torch.Tensor]:
-    "The paper's similarity of rows and columns, embeddings times their transpose; raises ValueError where a value is not finite."
+    "The paper's similarity, embeddings times their transpose; raises ValueError for a value that is not finite."
     embeddings = _as_rows(embeddings)
     bad = (~embeddings.isfinite().all(1)).nonzero()
     if len(bad): raise ValueError(f"embedding {bad[0].item()} is not finite ({len(bad)} of {len(embeddings)} are not)")

@@ -207,7 +207,7 @@ def _trained_weights(model):
 def _checkpoint_activations(model):
     "Have the networks of diffusers in a model compute their activations anew; raises ValueError where there is none."
     parts = [part for part in model.modules() if hasattr(part, "enable_gradient_checkpointing")]
-    if not parts: raise ValueError("training: gradient_checkpointing is for a U-Net, and there is none; set it to false")
+    if not parts: raise ValueError("training: gradient_checkpointing is for a U-Net, and there is none; leave it out")
     for part in parts: part.enable_gradient_checkpointing()
 
 # %% ../nbs/02_training.ipynb #1e6876a1
