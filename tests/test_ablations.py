@@ -99,7 +99,7 @@ def test_the_interval_over_trainings_holds_as_often_as_it_says():
 def test_random_embeddings_score_chance_whatever_k():
     rng, labels = np.random.default_rng(0), np.repeat(list("abcd"), 50)
     x = torch.from_numpy(rng.normal(size=(200, 8))).float()
-    result = scores_by_k({"random": lambda i, j: x[i:j] @ x.T}, labels, np.arange(200), [5, 50], draws=50)
+    result = scores_by_k({"random": lambda rows, columns: x[rows] @ x[columns].T}, labels, np.arange(200), [5, 50], draws=50)
     assert result.measured.to_numpy() == pytest.approx(100 * 49 / 199, abs=4) and result.n.tolist() == [200, 200]
 
 
