@@ -63,7 +63,7 @@ benchmarks: $(READY)  ## measure the speed ratios (D_benchmarks), outside the re
 cost: $(READY)  ## what the paper's experiments compute, counted (D_cost): seconds, whatever was run
 	$(RUN) --target cost
 
-growth: $(READY)  ## how time and memory of an evaluation grow with its images (D_growth), outside the report's budget
+growth: $(READY)  ## how time and memory grow with images, reports and captions (D_growth), outside the report's budget
 	$(RUN) --target growth
 
 ablations: $(READY)  ## train and sample the U-Net in other ways (E_ablations), outside the report's budget
