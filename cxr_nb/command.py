@@ -6,6 +6,7 @@
 __all__ = ['damaged_packages', 'main']
 
 # %% ../nbs/H_command.ipynb #08c0de04
+import csv
 import os
 import sys
 from importlib import metadata
@@ -15,9 +16,9 @@ def damaged_packages() -> list[str]:
     "Packages of the environment that are installed by name, and lack files that they would be imported from."
     lacking = []
     for package in metadata.distributions():
-        files = [file for file in package.files or [] if file.suffix == ".py"]
-        imported = [file for file in files if len(file.parts) == 1 + (file.name == "__init__.py")]
-        if not all(file.locate().exists() for file in imported): lacking.append(package.metadata["Name"])
+        names = [row[0] for row in csv.reader((package.read_text("RECORD") or "").splitlines()) if row]
+        imported = [name for name in names if name.removesuffix("/__init__.py").count("/") == 0 and name.endswith(".py")]
+        if not all(package.locate_file(name).exists() for name in imported): lacking.append(package.metadata["Name"])
     return sorted(lacking)
 
 # %% ../nbs/H_command.ipynb #08c0de09

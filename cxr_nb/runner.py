@@ -31,7 +31,7 @@ def _small_picture(png: str, widest: int = 500) -> dict[str, str]:
     from PIL import Image
     picture, few, jpeg = Image.open(BytesIO(base64.b64decode(png))).convert("RGB"), BytesIO(), BytesIO()
     picture.thumbnail((widest, picture.height), Image.LANCZOS)
-    picture.quantize(32, kmeans=1).save(few, "PNG", optimize=True)
+    picture.quantize(32).save(few, "PNG", optimize=True)
     picture.save(jpeg, "JPEG", quality=50, optimize=True)
     kind, kept = min(("image/png", few.getvalue()), ("image/jpeg", jpeg.getvalue()), key=lambda pair: len(pair[1]))
     return {kind: base64.b64encode(kept).decode()}
@@ -106,6 +106,7 @@ def run_notebook(
             parameters,
             kernel_name="python3",
             cwd="nbs" if Path("nbs").is_dir() else ".",
+            request_save_on_cell_execute=False,
             progress_bar=sys.stderr.isatty(),
             iopub_timeout=120,
             extra_arguments=["--log-level=ERROR"],
@@ -151,6 +152,8 @@ def run_or_exit(
     pairs: list[list[str]],  # name and value of parameters that replace the profile's
 ) -> Path:  # the executed notebook
     "Run a notebook as `run_notebook` does."
+    # jsonschema would compile its grammars first, a second of each run, for addresses that no notebook has
+    sys.modules.setdefault("rfc3987_syntax", None)
     from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError
     try:
