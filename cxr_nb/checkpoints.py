@@ -28,6 +28,7 @@ from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_st
 from huggingface_hub.utils.sha import git_hash
 from safetensors.torch import load_file
 
+from .checkpointing import all_finite
 from .places import find_package, find_path, lacking_package, packages_of, repo_root, sha256, written_whole
 from .values import in_one_line, message_of
 
@@ -400,7 +401,7 @@ def check_finite(
     what: str,  # begins error messages
 ) -> None:
     "Raise ValueError that names a weight which is NaN or infinite."
-    bad = next((name for name, weight in model.state_dict().items() if not weight.isfinite().all()), None)
+    bad = next((name for name, weight in model.state_dict().items() if not all_finite(weight)), None)
     if bad: raise ValueError(f"{what}: {bad} has values that are not finite")
 
 # %% ../nbs/03_checkpoints.ipynb #7ffbe2a5

@@ -159,11 +159,12 @@ def trained_on_reports(
     samples = [{"image": image, "prompt": torch.tensor(i)} for i, image in enumerate(study_images(studies, size))]
     pipeline = load_pipeline(source, "cpu" if settings.device == "cpu" else "auto", dtype=torch.float32)
     variant = Variant(tuple(CONCEPTS))
+    record = finetuning_record(pipeline, variant, samples, prompts)
     def train(place):
-        log, n = finetune(pipeline, variant, samples, prompts, settings, place)
+        log, n = finetune(pipeline, variant, samples, prompts, settings, place, record=record)
         return log, {"trained_parameters": n, "samples": len(samples)}, partial(write_finetuned, pipeline)
-    made_of = finetuning_record(pipeline, variant, samples, prompts) | {"settings": settings_record(settings)}
-    return trained_variant(folder, work, made_of | {"variant": "impressions of reports"}, train)
+    made_of = record | {"settings": settings_record(settings), "variant": "impressions of reports"}
+    return trained_variant(folder, work, made_of, train)
 
 # %% ../nbs/J_report_prompts.ipynb #67275a6a
 REPORTS, TEN, PHANTOMS = "U-Net, on impressions", "U-Net, no prior (§2.7)", "Phantoms of the same reports"

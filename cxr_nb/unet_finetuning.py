@@ -121,8 +121,9 @@ def frozen_parts(
         for of in ("", "class_"):
             if f"{of}image" not in batch: continue
             inputs[f"{of}mean"], inputs[f"{of}std"] = encode(pipeline.vae, batch[f"{of}image"])
-            states = [encoder_hidden_states(pipeline, texts[i]) for i in batch[f"{of}prompt"].tolist()]
-            inputs[f"{of}encoder_hidden_states"] = torch.cat(states)
+            chosen = batch[f"{of}prompt"].tolist()
+            states = {i: encoder_hidden_states(pipeline, texts[i]) for i in dict.fromkeys(chosen)}
+            inputs[f"{of}encoder_hidden_states"] = torch.cat([states[i] for i in chosen])
         return inputs
     return frozen
 
@@ -186,9 +187,10 @@ def finetune(
     folder: Path,  # of the checkpoints and the cache
     cache: bool = True,  # keep latents and hidden states; else VAE and text encoder run in every step
     look: Callable[[int], None] | None = None,  # called with the steps done, every `sample_every` steps
+    record: dict | None = None,  # of `finetuning_record` for the same, where it is at hand: hashes take their time
 ) -> tuple[pd.DataFrame, int]:  # the log of `train`; numbers trained
     "Fine-tune the U-Net (§2.7), going on from a checkpoint; raises what `train` and `encoder_hidden_states` raise."
-    record = finetuning_record(pipeline, variant, samples, prompts)
+    record = record or finetuning_record(pipeline, variant, samples, prompts)
     noise_scheduler = training_noise_scheduler(pipeline.scheduler)
     weight = variant.prior_weight if variant.prior else 0.0
     def loss(batch): return diffusion_loss(pipeline.unet, noise_scheduler, batch, weight)
@@ -257,11 +259,12 @@ def finetuned(
     "Train a variant unless it is there, and save it; raises what `finetune` and `training_samples` raise."
     samples = training_samples(variant, images, prompts)
     pipeline = load_pipeline(source, "cpu" if settings.device == "cpu" else "auto", dtype=torch.float32)
+    record = finetuning_record(pipeline, variant, samples, prompts)
     def train(place):
-        log, n = finetune(pipeline, variant, samples, prompts, settings, place, look=_watched(place, look, pipeline))
+        watched = _watched(place, look, pipeline)
+        log, n = finetune(pipeline, variant, samples, prompts, settings, place, look=watched, record=record)
         def write(partial):
             if (place / "samples").is_dir(): copytree(place / "samples", partial / "samples")
             return write_finetuned(pipeline, partial)
         return log, {"trained_parameters": n, "samples": len(samples)}, write
-    made_of = finetuning_record(pipeline, variant, samples, prompts) | {"settings": settings_record(settings)}
-    return trained_variant(folder, work, made_of, train)
+    return trained_variant(folder, work, record | {"settings": settings_record(settings)}, train)
