@@ -17,7 +17,7 @@ def damaged_packages() -> list[str]:
     lacking = []
     for package in metadata.distributions():
         names = [row[0] for row in csv.reader((package.read_text("RECORD") or "").splitlines()) if row]
-        imported = [name for name in names if name.removesuffix("/__init__.py").count("/") == 0 and name.endswith(".py")]
+        imported = [name for name in names if name.endswith(".py") and "/" not in name.removesuffix("/__init__.py")]
         if not all(package.locate_file(name).exists() for name in imported): lacking.append(package.metadata["Name"])
     return sorted(lacking)
 
