@@ -11,7 +11,7 @@ import nbformat
 import pytest
 from papermill.cli import _resolve_type
 
-from cxr_nb import core, places, processes, profiles, report, values
+from cxr_nb import core, places, processes, profiles, report, runner, values
 
 
 @pytest.fixture
@@ -81,6 +81,15 @@ def test_a_value_is_the_same_in_a_profile_and_on_the_command_line(text, kind, va
         else:
             profiles.check_parameter("here", "x", read, kind)
             assert (read, type(read)) == (value, type(value))
+
+
+@pytest.mark.parametrize("text", sorted({text for text, *_ in VALUES}))
+def test_the_command_line_hands_over_what_was_written(monkeypatch, text):
+    given = []
+    monkeypatch.setattr(report, "run_or_exit", lambda notebook, profile, pairs: given.append(runner.read_overrides(pairs)) or "outputs")
+    report.main(["run", "99_small", "-p", "x", text])
+    taken, read = given[0]["x"], values.read_value(text)
+    assert type(taken) is type(read) and (taken == read or math.isnan(taken) and math.isnan(read))
 
 
 @pytest.mark.parametrize("text", sorted({text for text, *_ in VALUES if text[0] not in "[{\"'~" and text not in ("true", "null")}))
