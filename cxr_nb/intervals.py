@@ -96,6 +96,21 @@ def share_interval(
     low = betaincinv(count, n - count + 1, tail) if count else 0.0
     return float(low), float(betaincinv(count + 1, n - count, 1 - tail) if count < n else 1.0)
 
+# %% ../nbs/02_intervals.ipynb #1384a576
+def _group_codes(groups, order):
+    "The place of each group in an order; raises ValueError for a group that is not in it."
+    codes = pd.Index(order).get_indexer(groups)
+    if (codes < 0).any(): raise ValueError(f"group '{groups[codes < 0][0]}' is not among {list(order)}")
+    return codes
+
+# %% ../nbs/02_intervals.ipynb #81a8baf8
+def _coded_means(values, codes, n, weights):
+    "The means of `group_means` for n groups given by number."
+    count = np.bincount(codes, weights, n)
+    total = np.bincount(codes, weights * values, n)
+    means = np.divide(total, count, out=np.full(n, np.nan), where=count > 0)
+    return np.array([*means, np.nanmean(means), total.sum() / count.sum()])
+
 # %% ../nbs/02_intervals.ipynb #0b9af97f
 def group_means(
     values: np.ndarray,  # (n,) one number per observation
@@ -105,12 +120,7 @@ def group_means(
 ) -> np.ndarray:  # (len(order) + 2,): each group's mean, their macro average, the overall mean
     "Weighted means by group, their macro average over the groups present, and the mean of all."
     weights = np.ones(len(values)) if weights is None else weights
-    codes = pd.Index(order).get_indexer(groups)
-    if (codes < 0).any(): raise ValueError(f"group '{groups[codes < 0][0]}' is not among {list(order)}")
-    count = np.bincount(codes, weights, len(order))
-    total = np.bincount(codes, weights * values, len(order))
-    means = np.divide(total, count, out=np.full(len(order), np.nan), where=count > 0)
-    return np.array([*means, np.nanmean(means), total.sum() / count.sum()])
+    return _coded_means(values, _group_codes(groups, order), len(order), weights)
 
 # %% ../nbs/02_intervals.ipynb #fb36bca7
 def units_by_group(
@@ -146,7 +156,8 @@ def group_mean_intervals(
                          f"{len(values)}, {len(groups)}, {len(units)}")
     names, unit = np.unique(units, return_inverse=True)
     counts = (np.bincount(sample, minlength=len(names)) for sample in unit_samples(len(names), draws, seed))
-    samples = [group_means(values, groups, order, count[unit]) for count in counts]
+    codes = _group_codes(groups, order)  # once, for all samples
+    samples = [_coded_means(values, codes, len(order), count[unit]) for count in counts]
     low, high = percentile_interval(samples, (1 - level) / 2)
     n, means = [int((groups == g).sum()) for g in order], group_means(values, groups, order)
     for i, count in enumerate(units_by_group(groups, unit, order)):
