@@ -109,7 +109,7 @@ def run_notebook(
             request_save_on_cell_execute=False,
             progress_bar=sys.stderr.isatty(),
             iopub_timeout=120,
-            extra_arguments=["--log-level=ERROR"],
+            extra_arguments=["--log-level=CRITICAL"],
         )
     return folder / "notebooks" / f"{notebook}.ipynb"
 

@@ -317,7 +317,11 @@ def held_out_errors(
     cut: bool = False,
     batch_size: int = 32,  # texts at a time
 ) -> pd.DataFrame:  # a row per text: mse, variance (of its target around the mean target), cosine
-    "How far projected states are from CLIP's, in memory for a batch; raises what `in_domain_states` raises."
+    """How far projected states are from CLIP's, in memory for a batch.
+
+    Raises ValueError for no text, and what `in_domain_states` raises.
+    """
+    if not len(texts): raise ValueError("held-out errors: there is no text to measure on; set held_out above 0")
     batches, rows = [texts[i : i + batch_size] for i in range(0, len(texts), batch_size)], []
     def targets(batch): return clip_states(clip, variant.level, batch, cut)
     mean = sum(targets(batch).sum(0).cpu().double() for batch in tqdm(batches, "mean", leave=False)) / len(texts)
