@@ -39,7 +39,9 @@ def all_finite(
     tensor: torch.Tensor,
 ) -> bool:
     "Whether no number is NaN or infinite."
-    return not tensor.numel() or all(bool(end.isfinite()) for end in tensor.aminmax())
+    if not tensor.numel(): return True
+    try: return all(bool(end.isfinite()) for end in tensor.aminmax())
+    except (TypeError, NotImplementedError): return bool(tensor.isfinite().all())  # complex numbers have no smallest
 
 # %% ../nbs/01_checkpointing.ipynb #4be1a70c
 def _leaves(value, at=""):

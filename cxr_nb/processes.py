@@ -138,10 +138,14 @@ def end_with(
     Thread(target=look, daemon=True).start()
 
 # %% ../nbs/05_processes.ipynb #6cb3f5a2
-_TOOK = """
-import json, time
-peak = next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM"))
-print("\\n" + json.dumps([time.process_time(), int(peak) / 1024]))
+_CHILD = """
+import atexit, json, sys, time
+def tell(place, read=open, clock=time.process_time):
+    peak = next(line.split()[1] for line in read("/proc/self/status") if line.startswith("VmHWM"))
+    with read(place, "w") as file: json.dump([clock(), int(peak) / 1024], file)
+place, code, *sys.argv[1:] = sys.argv[1:]
+atexit.register(tell, place)
+exec(compile(code, "<child>", "exec"), {"__name__": "__main__"})
 """
 
 # %% ../nbs/05_processes.ipynb #7423c71b
@@ -150,11 +154,13 @@ def taken_by(
     *words: str,  # its arguments, sys.argv[1:]
 ) -> dict[str, float]:  # seconds on the clock, processor seconds, peak MiB
     "What a Python process of its own takes, its children not counted; raises RuntimeError where it fails."
-    start = time.perf_counter()
-    done = subprocess.run([sys.executable, "-c", code + _TOOK, *words], capture_output=True, text=True)
-    clock = time.perf_counter() - start
-    if done.returncode:
-        said = done.stderr.strip().splitlines() or ["it said nothing"]
-        raise RuntimeError(f"a child process failed with {done.returncode}: {said[-1]}")
-    processor, peak = json.loads(done.stdout.splitlines()[-1])
+    with tempfile.TemporaryDirectory() as folder:
+        said, start = Path(folder) / "taken.json", time.perf_counter()
+        command = [sys.executable, "-c", _CHILD, str(said), code, *words]
+        done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        clock = time.perf_counter() - start
+        if done.returncode or not said.exists():
+            last = done.stderr.decode(errors="replace").strip().splitlines() or ["it said nothing"]
+            raise RuntimeError(f"a child process failed with {done.returncode}: {last[-1]}")
+        processor, peak = json.loads(said.read_text())
     return {"seconds": clock, "processor seconds": processor, "peak MiB": peak}

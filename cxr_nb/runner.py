@@ -106,7 +106,6 @@ def run_notebook(
             parameters,
             kernel_name="python3",
             cwd="nbs" if Path("nbs").is_dir() else ".",
-            request_save_on_cell_execute=False,
             progress_bar=sys.stderr.isatty(),
             iopub_timeout=120,
             extra_arguments=["--log-level=CRITICAL"],

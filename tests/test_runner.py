@@ -230,6 +230,7 @@ def test_a_kernel_that_dies_ends_in_one_line(project, run_in):
     done = run_in(project, "cxr_nb", "run", "99_small", "--profile", "tiny")
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert "cxr_nb: notebook 99_small failed: its kernel died, for want of memory or by a signal" in done.stderr
+    assert "tiny/failed/99_small.ipynb" in done.stderr and "os.kill" in (project / "outputs/tiny/failed/99_small.ipynb").read_text()
 
 
 def test_a_second_run_in_the_same_place_waits_for_its_turn(project, run_in):
