@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RESIZE', 'SHAPE', 'OUTPUTS', 'unit_images', 'image_batches', 'Classifier', 'build_classifier', 'save_classifier',
-           'load_classifier', 'probabilities', 'layer_features', 'Extractor', 'classifier_extractor',
+           'load_classifier', 'probabilities', 'probabilities_and_layers', 'Extractor', 'classifier_extractor',
            'probability_extractor', 'efficientnet_lite0', 'load_extractor', 'load_extractors', 'feature_batches',
            'features', 'extraction_record']
 
@@ -269,21 +269,23 @@ def probabilities(
     return scores
 
 # %% ../nbs/04_judges.ipynb #8bff227c
-@torch.inference_mode()
-def layer_features(
+def probabilities_and_layers(
     classifier: Classifier,  # as loaded
     images,  # as `image_batches` takes them
     batch_size: int = 32,  # images per forward pass
-) -> dict[str, np.ndarray]:  # denseblock1, denseblock2 …: (n, channels) float32
-    "Embeddings from inside a classifier, pooled after each dense block (§2.3); raises what `unit_images` raises."
-    layers = dict(classifier.model.features.named_children())
-    pooled = {name: [] for name in layers if name.startswith("denseblock")}
-    for batch in image_batches(images, batch_size, classifier.name):
-        x = _model_input(classifier, batch)
-        for name, layer in layers.items():
-            x = layer(x)
-            if name in pooled: pooled[name].append(x.mean((2, 3)).cpu().numpy())
-    return {name: np.concatenate(parts) for name, parts in pooled.items()}
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:  # (n, 18) as `probabilities`; denseblock1 …: (n, channels) float32
+    """Scores and embeddings from inside a classifier, pooled after each dense block (§2.3), of one pass.
+
+    Raises what `unit_images` raises, for any batch.
+    """
+    blocks = {k: v for k, v in classifier.model.features.named_children() if k.startswith("denseblock")}
+    pooled = {name: [] for name in blocks}
+    def keep(name): return lambda block, inputs, x: pooled[name].append(x.mean((2, 3)).cpu().numpy())
+    hooks = [block.register_forward_hook(keep(name)) for name, block in blocks.items()]
+    try: scores = probabilities(classifier, images, batch_size)
+    finally:
+        for hook in hooks: hook.remove()
+    return scores, {name: np.concatenate(parts) for name, parts in pooled.items()}
 
 # %% ../nbs/04_judges.ipynb #983238f7
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from torchmetrics.image.kid import KernelInceptionDistance, poly_mmd
 from cxr_nb import judges, metrics, places
 from cxr_nb.checkpoints import package_folder
 from cxr_nb.intervals import alike_interval, group_mean_intervals, score_differences, score_intervals
-from cxr_nb.judges import features, layer_features, load_classifier, load_extractor, probabilities, unit_images
+from cxr_nb.judges import features, load_classifier, load_extractor, probabilities, probabilities_and_layers, unit_images
 from cxr_nb.metrics import FeatureStatistics, SCORES, classification_scores, disjoint_halves, frechet_by_batches
 from cxr_nb.metrics import frechet_distance, frechet_floor, kernel_distance, precision_recall_density_coverage, psnr
 from cxr_nb.metrics import rmse, squared_mmd, ssim, ssim_map
@@ -347,7 +347,13 @@ def test_published_weights_score_as_in_torchxrayvision(home, zipped):
     assert result.min() >= 0 and result.max() <= 1 and np.ptp(result) > 0.1
     with torch.no_grad(): embedded = theirs.features2(grey * 2048 - 1024).numpy()
     np.testing.assert_allclose(features(load_extractor(PUBLISHED), grey, 2), embedded, atol=1e-3 * embedded.max())
-    assert [v.shape[1] for v in layer_features(ours, grey[:1]).values()] == [256, 512, 1024, 1024]
+    scores, layers = probabilities_and_layers(ours, grey, 2)
+    np.testing.assert_array_equal(scores, result)
+    x = grey * 2048 - 1024
+    for name, layer in theirs.features.named_children():
+        with torch.no_grad(): x = layer(x)
+        if name in layers: np.testing.assert_allclose(layers.pop(name), x.mean((2, 3)), atol=1e-3 * float(x.abs().max()))
+    assert not layers
 
 
 def test_published_weights_are_numbers(home):
