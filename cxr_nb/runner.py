@@ -36,10 +36,18 @@ def _small_picture(png: str, widest: int = 500) -> dict[str, str]:
     kind, kept = min(("image/png", few.getvalue()), ("image/jpeg", jpeg.getvalue()), key=lambda pair: len(pair[1]))
     return {kind: base64.b64encode(kept).decode()}
 
+# %% ../nbs/06_runner.ipynb #42d5d017
+def _without_indent(html: str | list[str]) -> str | list[str]:
+    "HTML, as text or in lines, with each line from its first sign on; text that is laid out by blanks stays."
+    if "<pre" in "".join(html): return html
+    if isinstance(html, str): return "".join(_without_indent(html.splitlines(keepends=True)))
+    return [line.lstrip(" ") for line in html]
+
 # %% ../nbs/06_runner.ipynb #25be5a7c
 def _lighter(data: dict) -> dict:
     "An output without what is there twice, its picture made small."
-    if "text/html" in data: data = {k: v for k, v in data.items() if k != "text/plain"}
+    if "text/html" in data:
+        data = {k: v for k, v in data.items() if k != "text/plain"} | {"text/html": _without_indent(data["text/html"])}
     if "image/png" not in data: return data
     return {k: v for k, v in data.items() if k != "image/png"} | _small_picture(data["image/png"])
 
