@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import Dataset, default_collate
 from tqdm.auto import tqdm
 
-from .checkpointing import tensors_hash
+from .checkpointing import all_finite, tensors_hash
 from .places import written_whole
 
 # %% ../nbs/03_caches.ipynb #3f6f0952
@@ -38,7 +38,7 @@ def _read_cache(path, key):
     if metadata.get("key") != key: return None
     tensors = load_file(path)
     if tensors_hash(tensors) != metadata.get("content"): raise ValueError("its numbers are not those that were written")
-    if any(len(_not_finite(x)) for x in tensors.values()): raise ValueError("it holds numbers that are not finite")
+    if not all(map(all_finite, tensors.values())): raise ValueError("it holds numbers that are not finite")
     return tensors
 
 # %% ../nbs/03_caches.ipynb #3b15934d

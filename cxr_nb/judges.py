@@ -26,6 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
+from .checkpointing import all_finite
 from .checkpoints import downloaded, fill_network, find_checkpoint, is_place, load_network, package_record
 from .checkpoints import read_settings
 from .core import torch_device
@@ -130,7 +131,7 @@ def save_classifier(
     _check_config(config, str(folder))
     weights = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
     weights = {k: v.half() if v.is_floating_point() else v for k, v in weights.items()}
-    if beyond := [k for k, v in weights.items() if not v.isfinite().all()]:
+    if beyond := [k for k, v in weights.items() if not all_finite(v)]:
         raise ValueError(f"{folder}: {beyond[0]} has values beyond half precision (65504)")
     with written_whole(folder / "model.safetensors") as path: save_file(weights, path)
     with written_whole(folder / "config.json") as path: path.write_text(json.dumps(config, indent=1), encoding="utf-8")

@@ -140,9 +140,9 @@ def end_with(
 # %% ../nbs/05_processes.ipynb #6cb3f5a2
 _CHILD = """
 import atexit, json, sys, time
-def tell(place, read=open, clock=time.process_time):
-    peak = next(line.split()[1] for line in read("/proc/self/status") if line.startswith("VmHWM"))
-    with read(place, "w") as file: json.dump([clock(), int(peak) / 1024], file)
+def tell(place, open=open, clock=time.process_time):
+    peak = next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM"))
+    with open(place, "w") as file: json.dump([clock(), int(peak) / 1024], file)
 place, code, *sys.argv[1:] = sys.argv[1:]
 atexit.register(tell, place)
 exec(compile(code, "<child>", "exec"), {"__name__": "__main__"})

@@ -383,8 +383,8 @@ def _for_argparse(words: list[str]) -> list[str]:
         if word not in ("-p", "--parameter"): continue
         name, equals, value = words[i + 1].partition("=")
         if equals: raise ValueError(f"-p {words[i + 1]}: write a name and a value, -p {name} {shlex.quote(value)}")
-        for value in words[i + 2 : i + 3]:
-            if value.startswith("-") and isinstance(plain_value(value), int | float): words[i + 2] = f" {value}"
+        value = words[i + 2] if i + 2 < len(words) else ""
+        if value.startswith("-") and isinstance(plain_value(value), int | float): words[i + 2] = f" {value}"
     return words
 
 # %% ../nbs/07_report.ipynb #43411750
