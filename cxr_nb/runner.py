@@ -18,6 +18,7 @@ import time
 from contextlib import chdir, contextmanager
 from io import BytesIO
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from .core import run_folder
 from .places import find_path, repo_root, source_file, written_whole
@@ -95,6 +96,19 @@ def _check_whole(notebook: str) -> None:
         what = f"{type(error).__name__}: {error}".splitlines()[0]
         raise ValueError(f"notebook {notebook}: nbs/{path.name} is no whole notebook ({what}); restore it") from None
 
+# %% ../nbs/06_runner.ipynb #b4e8b1a7
+@contextmanager
+def _own_temporary_folder():
+    "Processes that are started here write their temporary files to a folder that goes in the end."
+    before = os.environ.get("TMPDIR")
+    # a child that outlives its kernel may write while the folder is taken away
+    with TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        os.environ["TMPDIR"] = folder
+        try: yield Path(folder)
+        finally:
+            del os.environ["TMPDIR"]
+            if before is not None: os.environ["TMPDIR"] = before
+
 # %% ../nbs/06_runner.ipynb #6a1a90ab
 def run_notebook(
     notebook: str,  # stem of a notebook in nbs/
@@ -107,7 +121,7 @@ def run_notebook(
     _check_whole(notebook)
     logging.getLogger("papermill").setLevel(logging.ERROR)
     root, folder = repo_root(), run_folder(notebook, parameters)
-    with _executed_copy(folder, notebook) as partial, chdir(root):
+    with _executed_copy(folder, notebook) as partial, chdir(root), _own_temporary_folder():
         papermill.execute_notebook(
             os.path.relpath(source_file(f"{notebook}.ipynb"), root),
             os.path.relpath(partial, root),

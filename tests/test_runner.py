@@ -233,6 +233,19 @@ def test_a_kernel_that_dies_ends_in_one_line(project, run_in):
     assert "tiny/failed/99_small.ipynb" in done.stderr and "os.kill" in (project / "outputs/tiny/failed/99_small.ipynb").read_text()
 
 
+@pytest.mark.parametrize("ending", ["", "; raise ValueError", "; import os; os.kill(os.getpid(), 9)"])
+def test_temporary_files_go_with_the_run(project, run_in, tmp_path, ending):
+    "Whether it ends well, fails or dies; where they lay, and that they were there, is in a file of its own."
+    notebook, temporary, seen = project / "nbs/99_small.ipynb", tmp_path / "temporary", tmp_path / "seen"
+    temporary.mkdir()
+    written = f"import tempfile; open({str(seen)!r}, 'w').write(tempfile.mkdtemp()){ending}"
+    notebook.write_text(notebook.read_text().replace('run.finish(says=[\\"It ran.\\"], k=k);', json.dumps(written)[1:-1] + '\\nrun.finish(says=[\\"It ran.\\"], k=k);'))
+    profile(project, GOOD)
+    done = run_in(project, "cxr_nb", "run", "99_small", "--profile", "tiny", TMPDIR=str(temporary))
+    assert (done.returncode == 0) == (not ending), done.stderr
+    assert Path(seen.read_text()).is_relative_to(temporary) and not list(temporary.iterdir())
+
+
 def test_a_second_run_in_the_same_place_waits_for_its_turn(project, run_in):
     profile(project, GOOD)
     with processes.one_writer(project / "outputs/tiny/.locks/report", "a report"):
