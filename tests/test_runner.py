@@ -239,7 +239,7 @@ def test_temporary_files_go_with_the_run(project, run_in, tmp_path, ending):
     notebook, temporary, seen = project / "nbs/99_small.ipynb", tmp_path / "temporary", tmp_path / "seen"
     temporary.mkdir()
     written = f"import tempfile; open({str(seen)!r}, 'w').write(tempfile.mkdtemp()){ending}"
-    notebook.write_text(notebook.read_text().replace('run.finish(says=[\\"It ran.\\"], k=k);', json.dumps(written)[1:-1] + '\\nrun.finish(says=[\\"It ran.\\"], k=k);'))
+    notebook.write_text(notebook.read_text().replace("run.finish(", f"{written}\\nrun.finish("))
     profile(project, GOOD)
     done = run_in(project, "cxr_nb", "run", "99_small", "--profile", "tiny", TMPDIR=str(temporary))
     assert (done.returncode == 0) == (not ending), done.stderr
