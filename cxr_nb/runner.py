@@ -109,6 +109,21 @@ def _own_temporary_folder():
             del os.environ["TMPDIR"]
             if before is not None: os.environ["TMPDIR"] = before
 
+# %% ../nbs/06_runner.ipynb #c72de80f
+def _engine() -> str:
+    "The name of a papermill engine that saves a notebook once: at the end, or where an exception cuts the run short."
+    from papermill.engines import NBClientEngine, papermill_engines
+    from papermill.iorw import write_ipynb
+    class SavesOnce(NBClientEngine):
+        @classmethod
+        def execute_notebook(cls, nb, kernel_name, output_path=None, **options):
+            try: return super().execute_notebook(nb, kernel_name, None, **options)
+            except BaseException:
+                write_ipynb(nb, output_path)
+                raise
+    papermill_engines.register("saves once", SavesOnce)
+    return "saves once"
+
 # %% ../nbs/06_runner.ipynb #6a1a90ab
 def run_notebook(
     notebook: str,  # stem of a notebook in nbs/
@@ -126,11 +141,12 @@ def run_notebook(
             os.path.relpath(source_file(f"{notebook}.ipynb"), root),
             os.path.relpath(partial, root),
             parameters,
+            engine_name=_engine(),
             kernel_name="python3",
             cwd="nbs" if Path("nbs").is_dir() else ".",
             progress_bar=sys.stderr.isatty(),
             iopub_timeout=120,
-            extra_arguments=["--log-level=CRITICAL"],
+            extra_arguments=["--log-level=CRITICAL", "--InteractiveShell.cache_size=0"],
         )
     return folder / "notebooks" / f"{notebook}.ipynb"
 
