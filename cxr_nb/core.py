@@ -296,6 +296,7 @@ def write_figure(
     if vector:
         with mpl.rc_context({"svg.hashsalt": name, "svg.fonttype": "none"}): self.write(f"figures/{name}.svg", lines)
     self.write(f"figures/{name}.png", small)
+    figure.stale = False  # else pyplot draws it once more at the cell's end, before it is drawn to be shown
 
 # %% ../nbs/00_core.ipynb #927c2073
 @patch
@@ -311,6 +312,7 @@ def write_sheet(
         figure.savefig(drawn := BytesIO(), bbox_inches="tight", dpi=120)
         Image.open(drawn).convert("RGB").save(path, "WEBP", quality=70, method=6)
     self.write(f"figures/{name}.webp", small)
+    figure.stale = False  # as for a figure
 
 # %% ../nbs/00_core.ipynb #f159ccdf
 def figure_style() -> None:
