@@ -11,8 +11,6 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-import pandas as pd
-
 from .core import Run
 from .places import slug
 
@@ -78,13 +76,15 @@ def write_sets(
     sets: Sequence[dict],  # of `image_set`
 ) -> None:
     "Write `images/<method>/sets.csv`."
+    import pandas as pd  # here, because the command imports this module and needs no table
     run.write_csv(f"images/{method}/sets.csv", pd.DataFrame(sets, columns=SET_COLUMNS))
 
 # %% ../nbs/03_image_sets.ipynb #de608b31
 def read_sets(
     paths: Sequence[Path],  # of sets.csv, each in the folder of its method
-) -> pd.DataFrame:  # method and SET_COLUMNS
+) -> "pd.DataFrame":  # method and SET_COLUMNS
     "Read the sets of some methods; raises ValueError for a table without sets, and one with other columns."
+    import pandas as pd
     tables = []
     for path in map(Path, paths):
         table = pd.read_csv(path)

@@ -23,7 +23,7 @@ from .graph import APART, graph
 from .image_sets import ORIGINAL, variant_name
 from .places import find_path, lacking_package, outputs_dir, repo_root, sha256
 from .processes import end_children, end_with, make_writable, one_writer, process_id
-from .profiles import absent_places, load_profile, resolve_parameters
+from .profiles import absent_places, load_profile, resolve_all, resolve_parameters
 from .runner import run_or_exit
 from .tables import published
 from .values import plain_value
@@ -144,8 +144,8 @@ def _image_references(p: dict[str, dict], drawn: dict[str, list[str]]):
 def unfitting(
     profile: str,  # name of a profile
 ) -> list[str]:  # a line each; empty where all fits
-    "Names in a profile's parameters that no notebook of it makes; raises what `resolve_parameters` raises."
-    p, lines = {name: resolve_parameters(name, profile) for name in load_profile(profile)}, []
+    "Names in a profile's parameters that no notebook of it makes; raises what `resolve_all` raises."
+    p, lines = resolve_all(profile), []
     try: rows = [*_data_references(p), *_image_references(p, _drawn(p)), *_compared(p, _drawn(p)), *_encoders(p)]
     except KeyError as error: return [f"profile '{profile}': section {error.args[0]} is missing"]
     # a name that leaves a notebook out is no mistake where the profile has nothing for it to work on

@@ -225,12 +225,12 @@ def test_failed_run_says_why_in_one_line_and_keeps_its_notebook(project, run_in)
 
 def test_a_kernel_that_dies_ends_in_one_line(project, run_in):
     notebook = project / "nbs/99_small.ipynb"
-    notebook.write_text(notebook.read_text().replace('run.finish(says=[\\"It ran.\\"], k=k);', "import os; os.kill(os.getpid(), 9)"))
+    notebook.write_text(notebook.read_text().replace('run.finish(says=[\\"It ran.\\"], k=k);', "print(6 * 7 * 10**6, flush=True); import os, time; time.sleep(1); os.kill(os.getpid(), 9)"))
     profile(project, GOOD)
     done = run_in(project, "cxr_nb", "run", "99_small", "--profile", "tiny")
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert "cxr_nb: notebook 99_small failed: its kernel died, for want of memory or by a signal" in done.stderr
-    assert "tiny/failed/99_small.ipynb" in done.stderr and "os.kill" in (project / "outputs/tiny/failed/99_small.ipynb").read_text()
+    assert "tiny/failed/99_small.ipynb" in done.stderr and "42000000" in (project / "outputs/tiny/failed/99_small.ipynb").read_text()  # what it had shown
 
 
 @pytest.mark.parametrize("ending", ["", "; raise ValueError", "; import os; os.kill(os.getpid(), 9)"])
@@ -341,8 +341,7 @@ def demo(): return {name: profiles.resolve_parameters(name, "demo") for name in 
 def unfitting(demo, monkeypatch):
     "What does not fit in the demo with some sections changed, without a file of it."
     def wrong(changes, sections=demo):
-        monkeypatch.setattr(report, "load_profile", lambda profile: sections)
-        monkeypatch.setattr(report, "resolve_parameters", lambda name, profile: sections[name] | changes.get(name, {}))
+        monkeypatch.setattr(report, "resolve_all", lambda profile: {name: section | changes.get(name, {}) for name, section in sections.items()})
         return report.unfitting("mine")
     return wrong
 
