@@ -8,6 +8,7 @@ __all__ = ['FILLERS', 'impression_section']
 # %% ../nbs/14_impressions.ipynb #5aea6522
 import re
 import unicodedata
+from functools import lru_cache
 
 from .closings import SIGN_OFF, misspelt, without_closings
 
@@ -68,6 +69,7 @@ _QUALIFIER = (
 _MARKUP = re.compile(rf"<[^<>\n]{{1,40}}>|&\w+;|{_QUALIFIER}|[*_#=~`|•·>\"“”]+")
 
 # %% ../nbs/14_impressions.ipynb #81f1fd5b
+@lru_cache(maxsize=20_000)  # reports begin their lines and sentences alike
 def _heading_text(text):
     "What a heading says, in plain letters: no markup, bracketed qualifier, list number, accent or lookalike."
     text = _MARKUP.sub(" ", unicodedata.normalize("NFKC", text)).strip(" \t-–—.;")
@@ -127,6 +129,7 @@ def _last_section(report, headings):
     return last
 
 # %% ../nbs/14_impressions.ipynb #df960a78
+@lru_cache(maxsize=5_000)  # a collection may be read for several sets of texts
 def impression_section(
     report: str,  # a whole radiology report
 ) -> str | None:  # one line of text, None where the report has no impression
