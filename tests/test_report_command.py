@@ -179,7 +179,7 @@ def stub_cluster(project, asked):
     (project / "stub").mkdir()
     (project / "stub/submit.sh").write_text(SUBMIT)
     (project / "stub/config.yaml").write_text(
-        f"executor: cluster-generic\ncluster-generic-submit-cmd: 'sh stub/submit.sh \"{asked}\"'\njobs: 2\nlatency-wait: 20\n")
+        f"executor: cluster-generic\ncluster-generic-submit-cmd: 'sh stub/submit.sh \"{asked}\"'\njobs: 2\nlatency-wait: 20\nseconds-between-status-checks: 1\n")
     return "--cluster", "stub"
 
 
@@ -203,7 +203,8 @@ def test_the_graph_is_submitted_with_what_its_notebooks_ask_for(tmp_path, copy_p
     copy = copy_project(tmp_path / "copy")
     cluster = stub_cluster(copy, "{rule} {threads} {resources.mem_mb} {resources.runtime}")
     others = graph.graph("smoke").notebooks.keys() - graph.APART.values() - {"03_phantoms"}  # which rests on no other
-    (copy / "nbs/profiles/one.yaml").write_text(f"base: smoke\nwithout: {json.dumps(sorted(others))}\n")
+    few = "03_phantoms: {patients: 2, reports_per_label: 1}"
+    (copy / "nbs/profiles/one.yaml").write_text(f"base: smoke\nwithout: {json.dumps(sorted(others))}\n{few}\n")
     done = run_in(copy, "cxr_nb", "report", "--profile", "one", *cluster)
     assert done.returncode == 0, done.stderr + (copy / "outputs/one/report.log").read_text()
     assert (copy / "asked").read_text() == "notebook_03_phantoms 8 32000 240\n"
