@@ -91,7 +91,7 @@ shared:
   extractors: [{JUDGE}]
   extractor: {JUDGE}
 03_phantoms: {{patients: 2, reports_per_label: 1}}
-21_datasets: {{sample_size: 30, captions: 80, few_shot: 2, reports_per_class: 5, min_reports: 3}}
+21_datasets: {{sample_size: 22, captions: 80, few_shot: 2, reports_per_class: 5, min_reports: 3}}
 23_autoencoder: {{sizes: [64]}}
 25_textual_projection: {{training_captions: 40, held_out: 10, training_steps: 2, training_batch_size: 4, kept_every: 1}}
 26_textual_inversion: {{training_steps: 2, training_batch_size: 2, kept_every: 1}}
