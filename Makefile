@@ -73,10 +73,10 @@ tuning: $(READY)  ## give each method the same number of tries (E_tuning), outsi
 	$(RUN) --target tuning
 
 test: $(READY)  ## everything that must be green: notebooks, tests, the smoke report, clean and in sync
-	@# what the notebooks' tests write goes with them: some 550 MB
+	@# what the notebooks' tests write goes with them: some 550 MB; three at a time keep two cores busy, for some tests wait
 	@folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && trap 'exit 130' INT TERM && \
-		TMPDIR="$$folder" OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2
-	$(BIN)/python -m pytest tests -n 2 --dist loadfile --no-loadscope-reorder
+		TMPDIR="$$folder" OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 3
+	$(BIN)/python -m pytest tests -n 3 --dist loadfile --no-loadscope-reorder
 
 # from the project's root, so that results and own data are in reach of the notebooks and of the file browser
 lab: $(READY)  ## open JupyterLab on the notebooks (ARGS="--no-browser --port 8890" are handed on)

@@ -12,7 +12,7 @@ from urllib.parse import urlparse
 
 import pytest
 
-# the tests run in two processes: with a thread per core in each they would wait for one another
+# the tests run in several processes at once: with a thread per core in each they would wait for one another
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 ROOT = Path(__file__).parent.parent
 
@@ -125,5 +125,6 @@ def hub():
 
 def pytest_collection_modifyitems(items):
     "The longest files go first: else they would run at the end, beside an idle worker."
-    longest = "test_report.py", "test_contract.py"
-    items.sort(key=lambda item: longest.index(item.path.name) if item.path.name in longest else len(longest))
+    longest = ["report", "contract", "report_command", "cohorts", "runner", "training", "jupyterlab", "miniature", "wheel"]
+    place = {f"test_{name}.py": i for i, name in enumerate(longest)}
+    items.sort(key=lambda item: place.get(item.path.name, len(longest)))
