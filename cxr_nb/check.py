@@ -214,9 +214,12 @@ def time_lines(
     rows = [row for row in table.itertuples() if row.trainings]
     parts = [f"{row.trainings} × {row.experiment}, {row.hours:.1f} h ({row.device})" for row in rows]
     lines = [f"by the times that §3.1 prints: {'; '.join(parts)}"]
+    lines.append(
+        f"training the whole U-Net holds {UNET_TRAINING_GB:.0f} GB of a GPU's memory before activations (computed)"
+    )
     if not gpu: return [*lines, "no GPU is seen here: full-size trainings are not for a CPU"]
-    lines.append(f"{gpu}: {memory_gb:.0f} GB; training the whole U-Net holds {UNET_TRAINING_GB:.0f} GB before "
-                 "activations (computed)")
+    small = "; too little for the whole U-Net" if memory_gb < UNET_TRAINING_GB else ""
+    lines.append(f"{gpu}: {memory_gb:.0f} GB of memory{small}")
     if (peaks := gpu_of(gpu)) is None: return [*lines, f"{gpu}: its speed is not known here, so no time is computed"]
     hours = sum(row.hours * gpu_of(row.device)["tflops"] / peaks["tflops"] for row in rows)
     cost = "" if price is None else f", {hours * price:.2f} at {price:g} an hour"
@@ -238,14 +241,16 @@ def _lines(need):
 # %% ../nbs/H_check.ipynb #dec29c88
 def disk_line(
     profile: str,  # name of a profile
-    wanted: float,  # GB
+    models: float,  # GB that are still to be fetched to this machine
+    data: float = 0,  # GB of data sets, which may be kept elsewhere
 ) -> str:
     "The free space where results go, beside what is still to be fetched."
     place = (repo_root() / outputs_dir(profile)).absolute()
     there = next(folder for folder in (place, *place.parents) if folder.exists())
     free = shutil.disk_usage(there).free / 1e9
-    short = "; free some first" if free < wanted else ""
-    return f"disk: {free:.0f} GB free where results go; models that are missing take {wanted:.1f} GB{short}"
+    short = "; free some first" if free < models else ""
+    more = f"; data sets that are missing take {data:,.0f} GB more, wherever you keep them" if data else ""
+    return f"disk: {free:.0f} GB free where results go; models that are missing take {models:.1f} GB{short}{more}"
 
 # %% ../nbs/H_check.ipynb #9a631d89
 def check(
@@ -262,7 +267,8 @@ def check(
         some = [need for need in needs if need.kind == kind]
         lines += [f"{title}:", *(line for need in some for line in _lines(need))] if some else [f"{title}: none"]
     lines += optional_lines(profile)
-    lines.append(disk_line(profile, sum(need.gb or 0 for need in lacking if need.kind == "model")))
+    missing = [sum(need.gb or 0 for need in lacking if need.kind == kind) for kind in ("model", "data")]
+    lines.append(disk_line(profile, *missing))
     if any(need.place.startswith("CompVis/") for need in needs):
         lines += ["GPU, time and cost:", *(f"  {one}" for one in time_lines(parameters, *gpu_seen(), price))]
     ready = [name for name in notebooks.notebooks if name not in waiting]
