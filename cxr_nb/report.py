@@ -23,7 +23,7 @@ from .graph import APART, graph
 from .image_sets import ORIGINAL, variant_name
 from .places import find_path, lacking_package, outputs_dir, repo_root, sha256
 from .processes import end_children, end_with, make_writable, one_writer, process_id
-from .profiles import absent_places, load_profile, resolve_all, resolve_parameters
+from .profiles import absent_places, load_profile, resolve_all
 from .runner import run_or_exit
 from .tables import published
 from .values import plain_value
@@ -164,10 +164,10 @@ def without_package(
     profile: str,  # name of a profile
 ) -> list[str]:  # a line each; empty where all are installed
     "Text encoders and feature extractors that a profile names and that lack their package."
-    sections = load_profile(profile)
-    models = {} if "24_text_encoder" not in sections else resolve_parameters("24_text_encoder", profile)["encoders"]
+    sections = resolve_all(profile)
+    models = sections["24_text_encoder"]["encoders"] if "24_text_encoder" in sections else {}
     for name in ("23_autoencoder", "28_classification"):
-        places = resolve_parameters(name, profile)["extractors"] if name in sections else []
+        places = sections[name]["extractors"] if name in sections else []
         models = models | {place: place for place in places}
     return [f"{name} is left out: {missing}" for name, place in models.items() if (missing := lacking_package(place))]
 
