@@ -213,10 +213,10 @@ def time_lines(
     table = training_hours(parameters)
     rows = [row for row in table.itertuples() if row.trainings]
     parts = [f"{row.trainings} × {row.experiment}, {row.hours:.1f} h ({row.device})" for row in rows]
-    lines = [f"by the times that §3.1 prints: {'; '.join(parts)}"]
-    lines.append(
-        f"training the whole U-Net holds {UNET_TRAINING_GB:.0f} GB of a GPU's memory before activations (computed)"
-    )
+    lines = [
+        f"by the times that §3.1 prints: {'; '.join(parts)}",
+        f"training the whole U-Net holds {UNET_TRAINING_GB:.0f} GB of a GPU's memory before activations (computed)",
+    ]
     if not gpu: return [*lines, "no GPU is seen here: full-size trainings are not for a CPU"]
     small = "; too little for the whole U-Net" if memory_gb < UNET_TRAINING_GB else ""
     lines.append(f"{gpu}: {memory_gb:.0f} GB of memory{small}")
