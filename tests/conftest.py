@@ -1,6 +1,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -22,6 +23,20 @@ def tracked(*patterns):
     listing = ["git", "-C", str(ROOT), "ls-files", "--cached", "--others", "--exclude-standard", "--", *patterns]
     names = subprocess.run(listing, capture_output=True, text=True, check=True).stdout.splitlines()
     return sorted(path for path in {ROOT / name for name in names} if path.is_file())
+
+
+KERNEL = {"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}}  # the metadata of a notebook
+
+
+def cells(name, kind="code"):
+    "A notebook's cells of a kind, with their source as one text."
+    result = json.loads((ROOT / f"nbs/{name}.ipynb").read_text())["cells"]
+    return [c | {"text": "".join(c["source"])} for c in result if c["cell_type"] == kind]
+
+
+def python_of(text):
+    "A cell's code without Jupyter's own commands."
+    return re.sub(r"^[%!].*", "", text, flags=re.M)
 
 
 @pytest.fixture(scope="module")

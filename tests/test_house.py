@@ -10,7 +10,7 @@ from typing import get_args
 import autopep8
 import pandas as pd
 import pytest
-from conftest import ROOT, tracked
+from conftest import ROOT, cells, python_of, tracked
 from packaging.requirements import Requirement
 
 from cxr_nb import graph, places, profiles, runner
@@ -23,11 +23,6 @@ from cxr_nb.training import SCHEDULES
 NOTEBOOKS = sorted(p.stem for p in (ROOT / "nbs").glob("*.ipynb"))
 PROFILES = sorted(p.stem for p in (ROOT / "nbs/profiles").glob("*.yaml"))
 RECORDS = sorted((ROOT / "outputs/demo/records").glob("*.json"))
-
-
-def cells(name, kind="code"):
-    result = json.loads((ROOT / f"nbs/{name}.ipynb").read_text())["cells"]
-    return [c | {"text": "".join(c["source"])} for c in result if c["cell_type"] == kind]
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
@@ -94,7 +89,7 @@ def test_files_are_declared_once():
     assert len((ROOT / "Snakefile").read_text().splitlines()) <= 90
     for name in NOTEBOOKS:
         for cell in cells(name):
-            for call in ast.walk(ast.parse(re.sub(r"^[%!].*", "", cell["text"], flags=re.M))):
+            for call in ast.walk(ast.parse(python_of(cell["text"]))):
                 if isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute) and call.func.attr == "need":
                     assert len(call.args) == 1, f"{name}: the graph knows who makes it: {ast.unparse(call)}"
 
@@ -102,7 +97,7 @@ def test_files_are_declared_once():
 @pytest.mark.parametrize("name", sorted(graph.graph("demo").declared))
 def test_a_notebook_of_the_report_says_in_words_what_it_computed(name):
     "Once, in one of its last two cells: the other may show how many reports an encoder cuts."
-    last = [re.sub(r"^[%!].*", "", cell["text"], flags=re.M) for cell in cells(name)]
+    last = [python_of(cell["text"]) for cell in cells(name)]
     calls = [(len(last) - i, {keyword.arg for keyword in node.keywords}) for i, text in enumerate(last) for node in ast.walk(ast.parse(text))
              if isinstance(node, ast.Call) and ast.unparse(node.func) == "run.finish"]
     [(from_the_end, keywords)] = calls
@@ -112,7 +107,7 @@ def test_a_notebook_of_the_report_says_in_words_what_it_computed(name):
 @pytest.mark.parametrize("name", NOTEBOOKS)
 def test_imports_stand_in_cells_of_their_own(name):
     for cell in cells(name):
-        tree = ast.parse(re.sub(r"^[%!].*", "", cell["text"], flags=re.M))
+        tree = ast.parse(python_of(cell["text"]))
         kinds = {isinstance(node, ast.Import | ast.ImportFrom) for node in tree.body}
         assert len(kinds) < 2, cell["text"]
 

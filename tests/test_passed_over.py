@@ -1,13 +1,13 @@
 "Tests beside functions carry the tag `skip-execution`: papermill passes over them, JupyterLab and `nbdev_test` run them."
 import ast
-import json
 import re
 import symtable
+from functools import cache
 
 import nbformat
 import papermill
 import pytest
-from conftest import ROOT
+from conftest import KERNEL, cells, python_of
 from nbdev import test as nbdev
 
 from cxr_nb.places import source_names
@@ -31,7 +31,7 @@ class Cell:
 
     def __init__(self, source, tags=()):
         self.source, self.tags = source, tags
-        self.code = ast.parse(re.sub(r"^[%!].*", "", source, flags=re.M))
+        self.code = ast.parse(python_of(source))
         self.gives, self.surely, self.takes, self.later = set(), set(), set(), set()
         self.surely = self.read(self.code.body, set())
 
@@ -81,9 +81,9 @@ def augmented(statement):
     return {node.id for node in ast.walk(statement.target) if isinstance(node, ast.Name)} if isinstance(statement, ast.AugAssign) else set()
 
 
+@cache  # three tests look at each notebook
 def code_cells(name):
-    cells = json.loads((ROOT / f"nbs/{name}.ipynb").read_text())["cells"]
-    return [Cell("".join(c["source"]), c["metadata"].get("tags", [])) for c in cells if c["cell_type"] == "code"]
+    return [Cell(cell["text"], cell["metadata"].get("tags", [])) for cell in cells(name)]
 
 
 def taken(cells):
@@ -139,9 +139,8 @@ def test_what_cells_take_from_one_another():
 
 @pytest.mark.parametrize("right", [True, False])
 def test_who_runs_a_tagged_cell(tmp_path, right):
-    cells = [nbformat.v4.new_code_cell("a = 1"), nbformat.v4.new_code_cell(f"assert (a == 1) is {right}", metadata={"tags": [TAG]})]
-    kernel = {"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}}
-    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), tmp_path / "a.ipynb")
+    code = [nbformat.v4.new_code_cell("a = 1"), nbformat.v4.new_code_cell(f"assert (a == 1) is {right}", metadata={"tags": [TAG]})]
+    nbformat.write(nbformat.v4.new_notebook(cells=code, metadata=KERNEL), tmp_path / "a.ipynb")
     assert nbdev.test_nb(tmp_path / "a.ipynb", showerr=False)[0] is right
     if right: return
     run = papermill.execute_notebook(tmp_path / "a.ipynb", tmp_path / "b.ipynb", kernel_name="python3", progress_bar=False)

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from browser import Browser, in_chromium, jupyter_lab, run_all, until
+from conftest import KERNEL
 from PIL import Image
 
 from cxr_nb import graph
@@ -235,8 +236,7 @@ def test_the_panel_in_jupyterlab(pairs, tmp_path):
     root = tmp_path / "root"
     root.mkdir()
     code = nbformat.v4.new_code_cell(PANEL.replace("PLACE", repr(str(pairs.folder))))
-    metadata = {"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}}
-    nbformat.write(nbformat.v4.new_notebook(cells=[code], metadata=metadata), root / "reading.ipynb")
+    nbformat.write(nbformat.v4.new_notebook(cells=[code], metadata=KERNEL), root / "reading.ipynb")
     with jupyter_lab(tmp_path, root) as address, Browser(tmp_path / "chromium") as browser:
         run_all(browser, f"{address}/lab/tree/reading.ipynb")
         browser.wait(f"{BUTTONS}.length == 6")  # five scores and undo

@@ -11,6 +11,7 @@ from pathlib import Path
 import nbformat
 import psutil
 import pytest
+from conftest import KERNEL
 
 from cxr_nb import graph, processes
 
@@ -50,8 +51,7 @@ def project(tmp_path, copy_project):
     cells = [new.new_markdown_cell("# Small\n> For a test."), *(new.new_code_cell(source) for source in sources)]
     for i, cell in enumerate(cells): cell["id"] = f"cell{i}"
     for cell, tag in zip(cells[1:], ("parameters", "files")): cell["metadata"]["tags"] = [tag]
-    kernel = {"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}}
-    nbformat.write(new.new_notebook(cells=cells, metadata=kernel), copy / "nbs/99_small.ipynb")
+    nbformat.write(new.new_notebook(cells=cells, metadata=KERNEL), copy / "nbs/99_small.ipynb")
     (copy / "Snakefile").write_text(SNAKEFILE.format(command=Path(sys.executable).parent / "cxr_nb"))
     return copy
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from conftest import KERNEL
 from papermill.cli import _resolve_type
 
 from cxr_nb import core, places, processes, profiles, report, runner, values
@@ -24,8 +25,7 @@ def project(tmp_path, copy_project):
              new.new_code_cell("from cxr_nb.core import Run"), new.new_code_cell('run = Run("99_small", globals())'),
              new.new_code_cell('if k > 50: raise ValueError(f"k={k} is too large")\nrun.write("measures/k.txt", lambda p: p.write_text(str(k)))\nrun.finish(says=["It ran."], k=k);')]
     for i, cell in enumerate(cells): cell["id"] = f"cell{i}"
-    kernel = {"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}}
-    nbformat.write(new.new_notebook(cells=cells, metadata=kernel), copy / "nbs/99_small.ipynb")
+    nbformat.write(new.new_notebook(cells=cells, metadata=KERNEL), copy / "nbs/99_small.ipynb")
     return copy
 
 
@@ -334,7 +334,7 @@ def test_a_profile_whose_parts_do_not_fit_is_refused_before_anything_runs(tmp_pa
 
 
 @pytest.fixture(scope="module")
-def demo(): return {name: profiles.resolve_parameters(name, "demo") for name in profiles.load_profile("demo")}
+def demo(): return profiles.resolve_all("demo")
 
 
 @pytest.fixture
